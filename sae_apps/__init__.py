@@ -1,0 +1,1 @@
+"""Applications of sparse autoencoder features; each reads ``sae_core`` alone, none another."""

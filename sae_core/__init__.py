@@ -1,0 +1,132 @@
+"""Train sparse autoencoders on a language model and turn its activations into sparse features.
+
+An SAE writes an activation vector x [d_in] as a sum of few out of d_sae directions,
+x_hat = (acts * scale) W_dec + b_dec with most of acts [d_sae] zero. Group Bias Adaptation, the
+default way to train one, sets how often each latent may fire instead of a sparsity penalty
+(arXiv 2506.14002, with the conditions under which the true features are found); the reweighted
+reconstruction loss is that of arXiv 2506.15963.
+
+The names below are loaded on first use, so `import sae_core` is quick and loads no model library:
+
+    from sae_core import HarvestConfig, SAE, SAEConfig, TrainConfig, batches, load_model, train
+
+A public name wins over a module of the same name: `sae_core.train` is the function; the other names
+of its module are reached by `from sae_core.train import StepRecord`.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
+    from sae_core.activations import Activations as Activations
+    from sae_core.activations import replace_activations as replace_activations
+    from sae_core.activations import stream_activations as stream_activations
+    from sae_core.buffer import batches as batches
+    from sae_core.buffer import shuffle_stream as shuffle_stream
+    from sae_core.checkpoint import load_checkpoint as load_checkpoint
+    from sae_core.checkpoint import save_checkpoint as save_checkpoint
+    from sae_core.errors import CorruptFileError as CorruptFileError
+    from sae_core.errors import MissingExtraError as MissingExtraError
+    from sae_core.errors import UserError as UserError
+    from sae_core.features import SparseFeatures as SparseFeatures
+    from sae_core.featurize import featurize as featurize
+    from sae_core.gba import GBAConfig as GBAConfig
+    from sae_core.hooks import HookPoint as HookPoint
+    from sae_core.hooks import resolve_hook_point as resolve_hook_point
+    from sae_core.kernels.codes import Codes as Codes
+    from sae_core.metrics import ReconstructionStats as ReconstructionStats
+    from sae_core.metrics import evaluate as evaluate
+    from sae_core.metrics import loss_recovered as loss_recovered
+    from sae_core.models import LanguageModel as LanguageModel
+    from sae_core.models import load_model as load_model
+    from sae_core.provenance import Provenance as Provenance
+    from sae_core.sae import SAE as SAE
+    from sae_core.sae import SAEConfig as SAEConfig
+    from sae_core.sae import SAEOutput as SAEOutput
+    from sae_core.sae import load_sae as load_sae
+    from sae_core.sae import save_sae as save_sae
+    from sae_core.shards import ShardedActivations as ShardedActivations
+    from sae_core.shards import harvest_shards as harvest_shards
+    from sae_core.state import TrainConfig as TrainConfig
+    from sae_core.store import load_features as load_features
+    from sae_core.store import save_features as save_features
+    from sae_core.text import TextRow as TextRow
+    from sae_core.text import TextSource as TextSource
+    from sae_core.text import read_text_file as read_text_file
+    from sae_core.text import rows_from_texts as rows_from_texts
+    from sae_core.text import split_rows as split_rows
+    from sae_core.tokens import HarvestConfig as HarvestConfig
+    from sae_core.train import StepRecord as StepRecord
+    from sae_core.train import train as train
+
+# public name -> the module below sae_core that it is loaded from
+HOME = {
+    "Activations": "activations",
+    "replace_activations": "activations",
+    "stream_activations": "activations",
+    "batches": "buffer",
+    "shuffle_stream": "buffer",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "CorruptFileError": "errors",
+    "MissingExtraError": "errors",
+    "UserError": "errors",
+    "SparseFeatures": "features",
+    "featurize": "featurize",
+    "GBAConfig": "gba",
+    "HookPoint": "hooks",
+    "resolve_hook_point": "hooks",
+    "Codes": "kernels.codes",
+    "ReconstructionStats": "metrics",
+    "evaluate": "metrics",
+    "loss_recovered": "metrics",
+    "LanguageModel": "models",
+    "load_model": "models",
+    "Provenance": "provenance",
+    "SAE": "sae",
+    "SAEConfig": "sae",
+    "SAEOutput": "sae",
+    "load_sae": "sae",
+    "save_sae": "sae",
+    "ShardedActivations": "shards",
+    "harvest_shards": "shards",
+    "TrainConfig": "state",
+    "load_features": "store",
+    "save_features": "store",
+    "TextRow": "text",
+    "TextSource": "text",
+    "read_text_file": "text",
+    "rows_from_texts": "text",
+    "split_rows": "text",
+    "HarvestConfig": "tokens",
+    "StepRecord": "train",
+    "train": "train",
+}
+
+__all__ = sorted(HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps a submodule from hiding the public function of its name (`train`, `featurize`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # the import system binds each submodule that it loads to its package in this way
+        if not (name in HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,137 @@
+"""Checkpoints of a training run: atomic folders, the newest whole one wins.
+
+A checkpoint holds the weights (biases among them), Adam's moments, the controller's counters, the
+L1 weight, and the position in the data: a step number, since `buffer.batches` finds the batch of
+any step by itself. Nothing in training draws random numbers after the first step but the batch
+order, which is keyed by seed and step; a resumed run therefore repeats an unbroken one bit by bit
+on the CPU.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_core.errors import CorruptFileError, UserError
+from sae_core.firing import FiringStats
+from sae_core.sae import SAE, SAEConfig
+from sae_core.start import make_optimizer
+from sae_core.state import TrainConfig, TrainState
+from sae_core.store import atomic_folder, recover_folder, verify_folder
+
+log = logging.getLogger(__name__)
+KEEP = 2  # the newest, and one to fall back on
+
+
+def save_checkpoint(folder: Path | str, sae: SAE, state: TrainState, config: TrainConfig) -> Path:
+    """Write folder/step-00000123, then drop all but the newest two.
+
+    Raises:
+        UserError: the run has not started, or the disk is full (older checkpoints stay).
+    """
+    if not state.started:
+        raise UserError("Expected a run with at least one step to save, got one that never began.")
+    folder = Path(folder)
+    target = folder / f"step-{state.step:08d}"
+    scalars = {"step": state.step, "tokens": state.tokens, "variance": state.variance}
+    scalars |= {"l1": state.l1, "firing_tokens": state.firing.n_tokens}
+    meta = {"sae": asdict(sae.config), "train": asdict(config), "scalars": scalars}
+    with atomic_folder(target, overwrite=True) as tmp:
+        save_file(_tensors(sae, state), tmp / "state.safetensors")
+        (tmp / "state.json").write_text(json.dumps(meta, indent=2, sort_keys=True))
+    for old in _found(folder)[KEEP:]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(
+    folder: Path | str, config: TrainConfig, device: torch.device | str = "cpu"
+) -> tuple[SAE, TrainState] | None:
+    """The newest whole checkpoint below `folder`, or None where there is none.
+
+    A damaged one is named in a warning and left where it is; an older whole one is used instead.
+
+    Raises:
+        CorruptFileError: every checkpoint is damaged (the message names the newest's file).
+        UserError: the checkpoint was made with another training configuration.
+    """
+    damage: CorruptFileError | None = None
+    for path in _found(Path(folder)):
+        try:
+            verify_folder(path)
+        except CorruptFileError as error:
+            log.warning("%s Using an older checkpoint.", error)
+            damage = damage or error
+            continue
+        return _read(path, config, device)
+    if damage is not None:
+        raise damage
+    return None
+
+
+def _found(folder: Path) -> list[Path]:
+    """Checkpoints, newest first; one that a kill left moved aside is put back."""
+    if not folder.is_dir():
+        return []
+    for aside in list(folder.glob(".step-*")):
+        recover_folder(folder / aside.name[1 : len(".step-00000000")])
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _tensors(sae: SAE, state: TrainState) -> dict[str, Tensor]:
+    assert state.optimizer is not None
+    tensors = {f"sae.{name}": tensor for name, tensor in sae.tensors().items()}
+    tensors |= {"group": state.group, "taf": state.taf, "tokens_since": state.tokens_since}
+    tensors |= {"firing.count": state.firing.count, "firing.peak": state.firing.peak}
+    names = {id(p): name for name, p in sae.named_parameters()}
+    for parameter, values in state.optimizer.state.items():
+        for key, value in values.items():
+            tensors[f"adam.{key}.{names[id(parameter)]}"] = value
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read(path: Path, config: TrainConfig, device: torch.device | str) -> tuple[SAE, TrainState]:
+    meta = json.loads((path / "state.json").read_text())
+    saved, asked = meta["train"], json.loads(json.dumps(asdict(config)))
+    for key in asked:
+        if saved.get(key) != asked[key]:
+            raise UserError(
+                f"{path} was made with {key}={saved.get(key)}, this run asks for {asked[key]}."
+            )
+    tensors = load_file(path / "state.safetensors", device=str(device))
+    sae = SAE(SAEConfig(**meta["sae"])).to(device)
+    sae.set_tensors(_part(tensors, "sae."))
+    scalars = meta["scalars"]
+    firing = FiringStats(sae.d_sae, device)
+    firing.count, firing.peak = tensors["firing.count"], tensors["firing.peak"]
+    firing.n_tokens = scalars.pop("firing_tokens")
+    state = TrainState(
+        **scalars, firing=firing, optimizer=make_optimizer(sae, config),
+        **{name: tensors[name] for name in ("group", "taf", "tokens_since")},
+    )  # fmt: skip
+    _restore_adam(sae, state, tensors)
+    return sae, state
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _restore_adam(sae: SAE, state: TrainState, tensors: dict[str, Tensor]) -> None:
+    """Put Adam's moments back with each parameter's own strides (W_enc is stored by columns)."""
+    assert state.optimizer is not None
+    owned = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    for name, parameter in sae.named_parameters():
+        if id(parameter) not in owned or f"adam.step.{name}" not in tensors:
+            continue
+        values: dict[str, Any] = {"step": tensors[f"adam.step.{name}"]}
+        for key in ("exp_avg", "exp_avg_sq"):
+            values[key] = torch.empty_like(parameter, requires_grad=False)
+            values[key].copy_(tensors[f"adam.{key}.{name}"])
+        state.optimizer.state[parameter] = values

@@ -1,0 +1,187 @@
+"""From texts to SparseFeatures: harvest activations, encode them, pool them to rows."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+from scipy import sparse
+
+from sae_core.activations import Activations, HarvestConfig, stream_activations
+from sae_core.errors import UserError
+from sae_core.features import SparseFeatures
+from sae_core.kernels.codes import Codes
+from sae_core.metrics import check_width, evaluating
+from sae_core.pooling import RowPooler, pool_tokens
+from sae_core.provenance import Provenance, package_versions
+from sae_core.sae import SAE
+from sae_core.text import TextRow
+
+if TYPE_CHECKING:
+    from sae_core.models import LanguageModel
+
+__all__ = ["Pooling", "RowPooler", "RowTable", "featurize", "pool_tokens"]
+
+Pooling = Literal["max", "mean", "sum", "last", "none"]
+
+
+class RowTable:
+    """Row ids, texts and labels of the rows that pass through, for the table of the features."""
+
+    def __init__(self) -> None:
+        self.row_id: list[int] = []
+        self.text: list[str] = []
+        self.meta: list[dict[str, Any]] = []
+
+    def record(self, rows: Iterable[TextRow]) -> Iterator[TextRow]:
+        """The same rows, each noted as it passes."""
+        for row in rows:
+            self.row_id.append(row.row_id)
+            self.text.append(row.text)
+            self.meta.append(row.meta)
+            yield row
+
+    def ids(self) -> Int[np.ndarray, " n_rows"]:
+        return np.array(self.row_id, dtype=np.int64)
+
+    def table(self, n_tokens: Int[np.ndarray, " n_rows"]) -> pa.Table:
+        """Columns row_id, text, n_tokens and one per label; a label that clashes is ``meta.NAME``.
+
+        A label is int64 or float64 or bool where all its values are, else string; absent is null.
+        """
+        columns = {
+            "row_id": pa.array(self.row_id, pa.int64()),
+            "text": pa.array(self.text, pa.string()),
+            "n_tokens": pa.array(n_tokens, pa.int32()),
+        }
+        names = dict.fromkeys(name for meta in self.meta for name in meta)
+        for name in names:
+            values = [meta.get(name) for meta in self.meta]
+            columns[f"meta.{name}" if name in columns else name] = _column(values)
+        return pa.table(columns)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """One type for a whole column; NaN is null, because a result holds no NaN."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {bool}:
+        return pa.array(values, pa.bool_() if kinds else pa.string())
+    if kinds <= {int}:
+        if all(value is None or -(2**63) <= value < 2**63 for value in values):
+            return pa.array(values, pa.int64())
+    elif kinds <= {int, float}:
+        floats = [None if value is None else float(value) for value in values]
+        return pa.array(floats, pa.float64(), from_pandas=True)
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def featurize(
+    lm: "LanguageModel",
+    sae: SAE,
+    rows: Iterable[TextRow],
+    hook_point: str,
+    *,
+    pooling: Pooling = "max",
+    config: HarvestConfig | None = None,
+    data_id: str,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> SparseFeatures:
+    """Sparse features of texts: activations at the hook point, encoded, pooled to rows.
+
+    Every input row is in the table once, in input order, with its text and labels and
+    ``n_tokens``, the tokens pooled; a row without a kept token has an empty code and 0. With
+    pooling ``none`` every kept token is a row of its own: ``row_id`` is then a running number,
+    ``source_row_id`` the row of the text and ``position`` the token's place in that row, sorted
+    by the two; text and labels stay with the source.
+
+    Args:
+        lm: the language model that the SAE was trained on.
+        rows: the texts; each row_id once.
+        hook_point: where the SAE was trained, e.g. ``layers.15.out``.
+        pooling: max, mean, sum or last over the kept tokens of a row, see ``pool_tokens``; or none.
+        config: which tokens are kept, and the batches; batches make no difference to the result.
+            ``max_tokens`` must be None, since it would cut a row in two.
+        data_id: where the texts come from, for the provenance.
+        seed: seed of the run that made the SAE, for the provenance.
+        progress: called with the number of tokens of each finished batch.
+    Raises:
+        UserError: d_in of the SAE differs from the hook point's, no rows, a row_id twice, an
+            unknown pooling, or max_tokens.
+    """
+    config = config or HarvestConfig()
+    if pooling not in get_args(Pooling):
+        raise UserError(f"Expected a pooling of {get_args(Pooling)}, got {pooling!r}.")
+    if config.max_tokens is not None:
+        raise UserError(
+            f"Features need whole rows: expected max_tokens None, got {config.max_tokens}; "
+            "limit the number of rows instead."
+        )
+    provenance = Provenance(
+        model_id=lm.model_id,
+        model_revision=lm.revision,
+        hook_point=hook_point,
+        sae_hash=sae.hash(),
+        data_id=data_id,
+        seed=str(seed),
+        versions=package_versions("sae-apps", "torch", "transformers"),
+    )
+    table = RowTable()
+    tokens = _encoded(lm, sae, table.record(rows), hook_point, config, progress)
+    if pooling == "none":
+        return _token_features(tokens, table, sae.d_sae, provenance)
+    pooler = RowPooler(sae.d_sae, pooling)
+    for codes, batch in tokens:
+        pooler.update(codes, batch.row_id, batch.position)
+    if not table.row_id:
+        raise UserError("Expected at least one row of text, got none.")
+    acts, n_tokens = pooler.compute(table.ids())
+    return SparseFeatures(acts, table.table(n_tokens), provenance)
+
+
+def _encoded(
+    lm: "LanguageModel",
+    sae: SAE,
+    rows: Iterable[TextRow],
+    hook_point: str,
+    config: HarvestConfig,
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[Codes, Activations]]:
+    weights = sae.W_enc
+    for found in stream_activations(lm, rows, [hook_point], config):
+        batch = found[hook_point]
+        check_width(sae, batch.d_in, hook_point, lm.model_id)
+        with evaluating(sae):
+            codes = sae.encode_sparse(batch.x.to(weights.device, weights.dtype))
+        yield codes, batch
+        if progress is not None:
+            progress(len(batch))
+
+
+def _token_features(
+    tokens: Iterable[tuple[Codes, Activations]], table: RowTable, d_sae: int, provenance: Provenance
+) -> SparseFeatures:
+    parts, source, position = [], [], []
+    for codes, batch in tokens:
+        parts.append(codes.to_scipy())
+        source.append(batch.row_id.cpu().numpy())
+        position.append(batch.position.cpu().numpy())
+    if not sum(len(ids) for ids in source):
+        raise UserError(
+            f"Expected at least one token to keep, got none in {len(table.row_id)} rows."
+        )
+    row_id, place = np.concatenate(source), np.concatenate(position)
+    ids = table.ids()
+    by_id = np.argsort(ids, kind="stable")
+    order = np.lexsort((place, by_id[np.searchsorted(ids, row_id, sorter=by_id)]))
+    acts = sparse.csr_array(sparse.vstack(parts, format="csr"))[order]
+    acts.eliminate_zeros()
+    rows = pa.table(
+        {
+            "row_id": np.arange(len(order), dtype=np.int64),
+            "source_row_id": row_id[order],
+            "position": place[order],
+        }
+    )
+    return SparseFeatures(acts, rows, provenance)

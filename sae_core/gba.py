@@ -1,0 +1,202 @@
+"""Group Bias Adaptation: each latent has a ceiling on how often it may fire, and its bias keeps it.
+
+Chen, Sheen, Xiong, Wang and Yang, arXiv 2506.14002, Algorithms 1 and 2. With q_m the share of the
+buffer's tokens on which latent m fired, r_m the largest pre-activation (0 if none), p_k the target
+activation frequency (TAF) of the group of m, rbar_k the mean of the positive r_m of group k:
+
+    q_m > p_k :  b_m <- max(b_m - gamma_down * r_m,    -1)
+    q_m < eps :  b_m <- min(b_m + gamma_up   * rbar_k,  0)
+
+The printed algorithm shows "v 0" (max) in the second rule; only min keeps b in [-1, 0].
+Deviations, each a switch of `GBAConfig`: biases may start at the data's (1 - p_k) quantile instead
+of 0 (`start`); a latent may also be raised while it fires less than a share of its TAF
+(`floor_frac`; 0 is the paper); b_dec is the frozen mean by default (`centre`), because a learned
+one can run away from the clamp; after the last step biases are lowered once more to the ceiling
+measured on `calibrate_tokens` tokens with frozen weights.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_core.errors import UserError
+from sae_core.firing import Firing
+
+B_MIN, B_MAX = -1.0, 0.0  # the clamp of Algorithm 2; |w'u| <= 1 for unit vectors
+
+
+@dataclass(frozen=True)
+class GBAConfig:
+    """Groups, target frequencies and controller."""
+
+    n_groups: int = 10
+    """K, number of groups of equal size."""
+    htf: float = 0.1
+    """Highest target frequency p_1 (fraction of tokens)."""
+    ltf: float = 0.001
+    """Lowest target frequency p_K (fraction of tokens)."""
+    gamma_down: float = 0.01
+    """Step of the ceiling rule, as a share of the latent's head-room r_m."""
+    gamma_up: float = 0.01
+    """Step of the resurrection rule, as a share of the group's mean head-room."""
+    eps: float = 1e-6
+    """A latent that fires on a smaller share of the buffer is raised."""
+    floor_frac: float = 0.0
+    """Also raise a latent below this share of its target (0: published, ceiling only)."""
+    period: int = 10
+    """Optimiser steps between controller updates."""
+    start: Literal["quantile", "zero"] = "quantile"
+    """Biases at the first step: the data's (1 - p_k) quantile, or 0 as published."""
+    centre: Literal["mean", "learned"] = "mean"
+    """b_dec: frozen mean of the (normalised) data, or learned from there."""
+    calibrate_tokens: int = 65536
+    """Tokens for the final ceiling check at frozen weights (0: none)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ltf <= self.htf <= 1:
+            raise UserError(
+                f"Target frequencies need 0 < ltf <= htf <= 1, got ltf={self.ltf}, htf={self.htf}."
+            )
+        if self.n_groups < 1 or self.period < 1:
+            raise UserError(
+                f"n_groups and period must be at least 1, got {self.n_groups} and {self.period}."
+            )
+        if not (0 < self.gamma_down < 1 and 0 < self.gamma_up < 1):
+            raise UserError(
+                f"gamma_down and gamma_up must lie in (0, 1), got {self.gamma_down} "
+                f"and {self.gamma_up}."
+            )
+
+
+def paper_main() -> GBAConfig:
+    """The paper's main runs: K=10, 0.1 -> 0.001, biases from 0, an update every 50 steps."""
+    return GBAConfig(10, 0.1, 0.001, period=50, start="zero", centre="learned", calibrate_tokens=0)
+
+
+def paper_recommended() -> GBAConfig:
+    """The paper's recommendation after its ablation: highest target frequency 0.5."""
+    return GBAConfig(10, 0.5, 0.001, period=50, start="zero", centre="learned", calibrate_tokens=0)
+
+
+def ba(taf: float = 0.01) -> GBAConfig:
+    """Bias adaptation with one group, the paper's BA baseline."""
+    return GBAConfig(1, taf, taf, period=50, start="zero", centre="learned", calibrate_tokens=0)
+
+
+def target_frequencies(htf: float, ltf: float, n_groups: int) -> Float[Tensor, "n_groups"]:
+    """p_k = htf * (ltf / htf)^((k-1)/(K-1)), k = 1..K, float64; one group gets htf."""
+    exponent = torch.linspace(0, 1, n_groups, dtype=torch.float64)
+    return htf * (ltf / htf) ** exponent
+
+
+def assign_groups(d_sae: int, n_groups: int) -> Int[Tensor, "d_sae"]:
+    """Contiguous groups whose sizes differ by at most one (order is irrelevant at i.i.d. start)."""
+    if n_groups > d_sae:
+        raise UserError(f"n_groups must not exceed d_sae={d_sae}, got {n_groups}.")
+    return torch.arange(d_sae) * n_groups // d_sae
+
+
+def frequencies_for_l0(config: GBAConfig, l0: float, d_sae: int) -> tuple[float, float]:
+    """(htf, ltf) of the same ratio whose targets sum to l0 over all latents.
+
+    The sum of the targets is the largest L0 that the ceilings allow; the achieved L0 lies below.
+    """
+    taf = target_frequencies(config.htf, config.ltf, config.n_groups)
+    total = float(taf[assign_groups(d_sae, config.n_groups)].sum())
+    htf, ltf = config.htf * l0 / total, config.ltf * l0 / total
+    if htf > 1:
+        raise UserError(
+            f"L0={l0} needs a highest target frequency of {htf:.3g} > 1 at d_sae={d_sae}; "
+            f"ask for less or use more latents."
+        )
+    return htf, ltf
+
+
+def bias_update(
+    b: Float[Tensor, "d_sae"],
+    freq: Float[Tensor, "d_sae"],
+    peak: Float[Tensor, "d_sae"],
+    group: Int[Tensor, "d_sae"],
+    taf: Float[Tensor, "n_groups"],
+    config: GBAConfig,
+) -> Float[Tensor, "d_sae"]:
+    """One controller update (Algorithm 2), pure.
+
+    Args:
+        b: biases in [-1, 0].
+        freq: q_m, fraction of the buffer's tokens with pre > 0.
+        peak: largest pre-activation of the buffer (bias included).
+        group: group of each latent, 0..K-1.
+        taf: target frequency of each group.
+    Returns:
+        New biases in [-1, 0].
+    """
+    r = peak.clamp_min(0).to(b.dtype)
+    total = torch.zeros(len(taf), dtype=b.dtype, device=b.device).index_add_(0, group, r)
+    n_live = torch.zeros_like(total).index_add_(0, group, (r > 0).to(b.dtype))
+    rbar = total / n_live.clamp_min(1)  # a group in which nothing fired has rbar = 0
+    ceiling = taf.to(freq.device)[group]
+    down = (b - config.gamma_down * r).clamp_min(B_MIN)
+    up = (b + config.gamma_up * rbar[group]).clamp_max(B_MAX)
+    floor = (config.floor_frac * ceiling).clamp_min(config.eps)
+    return torch.where(freq > ceiling, down, torch.where(freq < floor, up, b))
+
+
+def quantile_thresholds(pre: Float[Tensor, "n m"], freq: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+    """Threshold of each column exceeded by at most floor(freq * n) of its n values.
+
+    Args:
+        pre: pre-activations without bias.
+        freq: wanted fraction of exceedances in [0, 1).
+    """
+    n = pre.shape[0]
+    n_above = (freq.to(pre.device) * n).floor().long().clamp(0, n - 1)
+    top = pre.topk(int(n_above.max()) + 1, dim=0).values
+    return top.gather(0, n_above[None])[0]
+
+
+@dataclass(frozen=True)
+class GroupFrequency:
+    """What one group was asked for and what it does."""
+
+    group: int
+    """Group number, 0 = most frequent."""
+    taf: float
+    """Requested ceiling, fraction of tokens."""
+    n_latents: int
+    """Latents in the group."""
+    mean_freq: float
+    """Mean achieved frequency."""
+    median_freq: float
+    """Median achieved frequency."""
+    max_freq: float
+    """Largest achieved frequency."""
+    n_above: int
+    """Latents that fire more than 1.1 times the ceiling."""
+    n_dead: int
+    """Latents that never fired on the measured tokens."""
+
+
+def group_frequencies(
+    freq: Float[Tensor, "d_sae"], group: Int[Tensor, "d_sae"], taf: Float[Tensor, "n_groups"]
+) -> tuple[GroupFrequency, ...]:
+    """Requested against achieved frequency of every group."""
+
+    def one(k: int) -> GroupFrequency:
+        achieved, asked = freq[group == k].double(), float(taf[k])
+        return GroupFrequency(
+            k, asked, len(achieved), float(achieved.mean()), float(achieved.median()),
+            float(achieved.max()), int((achieved > 1.1 * asked).sum()), int((achieved == 0).sum()),
+        )  # fmt: skip
+
+    return tuple(one(k) for k in range(len(taf)))
+
+
+def buffer_peak(b: Float[Tensor, "d_sae"], firing: Firing, gate: str) -> Float[Tensor, "d_sae"]:
+    """max y_m of the buffer from the largest activation: the gate "jumprelu" left the bias out."""
+    fired = firing.count > 0
+    peak = firing.peak.to(b.dtype) + (b if gate == "jumprelu" else 0)
+    return torch.where(fired, peak, torch.zeros_like(peak))

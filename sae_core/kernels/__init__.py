@@ -1,0 +1,1 @@
+"""Sparse products of an autoencoder: references, CSR versions, autograd functions."""

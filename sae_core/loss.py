@@ -1,0 +1,100 @@
+"""Losses of one training step; all are ratios to the data's variance, so weights have no units.
+
+reconstruction = mean_i ||u_hat_i - u_i||^2 / variance,  variance = mean_i ||u_i - mean||^2
+relu:      + l1 * mean_i sum_j acts_ij                   (decoder rows have unit norm)
+jumprelu:  + penalty * (L0 / target - 1)^2               (straight-through L0, 2407.14435; the
+                                                          target form is dictionary_learning's)
+(batch_)topk: + auxk * ||e - e_hat||^2 / ||e||^2         (AuxK, arXiv 2406.04093, app. A.2)
+gba:       nothing: sparsity is the controller's
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae_core import nonlinearity
+from sae_core.errors import UserError
+from sae_core.kernels import autograd
+from sae_core.kernels.codes import Codes
+from sae_core.sae import SAE
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Sparsity terms of the kinds other than gba."""
+
+    target_l0: float | None = None
+    """Wanted active latents a token for gba, jumprelu and relu (topk kinds have k)."""
+    l1: float = 0.01
+    """relu: weight of the L1 term; with a target_l0 it is where the search starts."""
+    l1_rate: float = 0.02
+    """relu with a target_l0: l1 grows by exp(rate * log(L0 / target)) each step."""
+    penalty: float = 1.0
+    """jumprelu: weight of (L0 / target - 1)^2."""
+    bandwidth: float = 0.05
+    """jumprelu: width of the rectangle kernel, in units of the pre-activation."""
+    auxk: float = 1 / 32
+    """topk kinds: weight of the AuxK term (0: none)."""
+    auxk_k: int | None = None
+    """topk kinds: dead latents used a token (None: d_in / 2)."""
+    dead_after_tokens: int | None = None
+    """Tokens of silence that make a latent dead (None: a tenth of the run, at most 10M)."""
+
+    def __post_init__(self) -> None:
+        if self.target_l0 is not None and self.target_l0 <= 0:
+            raise UserError(f"target_l0 must be positive, got {self.target_l0}.")
+        if self.bandwidth <= 0:
+            raise UserError(f"bandwidth must be positive, got {self.bandwidth}.")
+
+
+def reconstruction_loss(
+    u_hat: Float[Tensor, "n d"], u: Float[Tensor, "n d"], variance: float
+) -> Float[Tensor, ""]:
+    """mean_i ||u_hat_i - u_i||^2 / variance."""
+    return (u_hat - u).square().sum() / (u.shape[0] * variance)
+
+
+def l1_penalty(codes: Codes) -> Float[Tensor, ""]:
+    """mean_i sum_j acts_ij."""
+    return codes.values.sum() / codes.n
+
+
+def adapt_l1(l1: float, l0: float, config: SparsityConfig) -> float:
+    """The L1 weight after a step with this L0: larger while L0 is above the target."""
+    if config.target_l0 is None:
+        return l1
+    ratio = min(max(l0 / config.target_l0, 1e-2), 1e2)
+    return l1 * ratio**config.l1_rate
+
+
+def jump(sae: SAE, codes: Codes, config: SparsityConfig) -> tuple[Codes, Float[Tensor, ""]]:
+    """JumpReLU activations and the L0 penalty, both with a gradient into the thresholds."""
+    threshold = sae.threshold.index_select(0, codes.col)
+    acts, on = nonlinearity.jump_straight_through(codes.values, threshold, config.bandwidth)
+    l0 = on.sum() / codes.n
+    if config.target_l0 is None:
+        raise UserError("kind='jumprelu' needs sparsity.target_l0, got None.")
+    return codes.with_values(acts), config.penalty * (l0 / config.target_l0 - 1).square()
+
+
+def auxk_loss(
+    sae: SAE,
+    u: Float[Tensor, "n d_in"],
+    u_hat: Float[Tensor, "n d_in"],
+    pre: Float[Tensor, "n d_sae"],
+    dead: Bool[Tensor, "d_sae"],
+    k: int,
+) -> Float[Tensor, ""]:
+    """||e - e_hat||^2 / ||e||^2: the dead latents explain what the others left, e = u - u_hat.
+
+    e carries no gradient and e_hat no b_dec (adding b_dec twice is a known bug elsewhere).
+    """
+    index = dead.nonzero()[:, 0]
+    values, slot = pre[:, index].topk(min(k, len(index)), dim=-1, sorted=False)
+    codes = nonlinearity.codes_at(index[slot], values.float(), sae.d_sae)
+    codes = autograd.encode(u, sae.W_enc, sae.b_enc, sae.b_dec, codes)
+    error = (u - u_hat).detach()
+    missing = error - autograd.decode(codes, sae.W_dec)
+    return missing.square().sum() / error.square().sum().clamp_min(torch.finfo(u.dtype).tiny)

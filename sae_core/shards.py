@@ -1,0 +1,263 @@
+"""Activations on disk: written once, resumable after a kill, read by memory map.
+
+A folder holds ``shard-00000.safetensors`` and so on (``row_id``, ``position`` and one matrix per
+hook point), ``progress.jsonl`` (the settings, then one line per finished shard) and, once complete,
+``manifest.json``. A shard is renamed into place before its line is written, and ends where a window
+of text ends: a run that was killed starts again behind the last line and writes the same bytes.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae_core.activations import Activations, harvest_batches
+from sae_core.disk import disk_errors
+from sae_core.errors import UserError
+from sae_core.models import LanguageModel
+from sae_core.shard_file import DTYPES, check_digest, check_size, map_shard
+from sae_core.shard_folder import MANIFEST, Journal, read_manifest
+from sae_core.text import TextRow
+from sae_core.tokens import Cursor, HarvestConfig, count_tokens, too_few_tokens
+
+
+def harvest_shards(
+    lm: LanguageModel,
+    rows: Iterable[TextRow],
+    hook_points: Sequence[str],
+    folder: str | os.PathLike[str],
+    config: HarvestConfig,
+    *,
+    dtype: str = "float32",
+    shard_tokens: int = 65536,
+    data_id: str | None = None,
+    prefetch: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, "ShardedActivations"]:
+    """Write the activations of a text to a folder; complete, resumed or fresh, the bytes are equal.
+
+    Args:
+        lm: model and tokenizer.
+        rows: text that can be iterated again, e.g. a ``TextSource`` or a list.
+        hook_points: see ``resolve_hook_point``.
+        folder: new, empty, or holding the same harvest in part or whole; one writer at a time.
+        config: chunks, batches, which tokens are kept.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` on disk.
+        shard_tokens: a shard ends with the first window that brings it to so many tokens; about
+            ``shard_tokens * d_in * len(hook_points)`` numbers are held in memory.
+        data_id: names the text; None takes ``rows.id``.
+        prefetch: windows tokenised ahead.
+        progress: called with the number of tokens so far, those of an earlier run included.
+
+    Returns:
+        The stored activations by hook point.
+
+    Raises:
+        UserError: the folder holds something else (the message says which setting differs), fewer
+            tokens than ``config.max_tokens`` (nothing is written), NaN or inf, a full disk.
+        CorruptFileError: a finished shard is gone or has another size.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if shard_tokens < 1:
+        raise UserError(f"shard_tokens must be at least 1, got {shard_tokens}.")
+    if iter(rows) is rows:
+        raise UserError(
+            "rows must be a source that can be read again (a list or a TextSource), got an "
+            f"iterator of type {type(rows).__name__}."
+        )
+    data_id = data_id or getattr(rows, "id", None)
+    if not data_id:
+        raise UserError("harvest_shards() needs data_id, as these rows carry no id of their own.")
+    names = list(dict.fromkeys(hook_points))
+    settings = {
+        "model_id": lm.model_id,
+        "revision": lm.revision,
+        "model_dtype": str(lm.model.dtype).removeprefix("torch."),
+        "data_id": data_id,
+        "hook_points": names,
+        "dtype": dtype,
+        "shard_tokens": shard_tokens,
+        **asdict(config),
+    }
+    folder = Path(folder)
+    with disk_errors(folder):
+        journal = Journal.open(folder, settings)
+        if not (folder / MANIFEST).exists():
+            _write_all(lm, rows, names, journal, config, prefetch, progress or (lambda _: None))
+    return {name: ShardedActivations.open(folder, name) for name in names}
+
+
+def _write_all(
+    lm: LanguageModel,
+    rows: Iterable[TextRow],
+    names: list[str],
+    journal: Journal,
+    config: HarvestConfig,
+    ahead: int,
+    progress: Callable[[int], None],
+) -> None:
+    settings = journal.settings
+    done = sum(shard.tokens for shard in journal.shards)
+    end = journal.shards[-1] if journal.shards else None
+    start = Cursor(end.rows, end.chunks) if end else Cursor()
+    left = None if config.max_tokens is None else config.max_tokens - done
+    if left != 0:
+        batches = harvest_batches(
+            lm,
+            rows,
+            names,
+            replace(config, max_tokens=left),
+            start=start,
+            prefetch=ahead,
+            dtype=DTYPES[settings["dtype"]],
+        )
+        if not journal.shards and config.max_tokens is not None:
+            # Known before the first forward pass, not after hours of them.
+            available = count_tokens(lm.tokenizer, rows, config, config.max_tokens)
+            if available < config.max_tokens:
+                raise too_few_tokens(config.max_tokens, available)
+        journal.start()
+        with closing(batches):
+            _write_shards(batches, names, journal, done, progress)
+    if not journal.shards:
+        raise UserError(f"The text {settings['data_id']!r} has no token to keep.")
+    journal.finish()
+
+
+def _write_shards(
+    batches: Iterator[tuple[dict[str, Activations], Cursor | None]],
+    names: list[str],
+    journal: Journal,
+    done: int,
+    progress: Callable[[int], None],
+) -> None:
+    parts: list[dict[str, Activations]] = []
+    size = 0
+    end: Cursor | None = None
+    for values, end in batches:
+        parts.append({name: _on_cpu(values[name]) for name in names})
+        size += len(parts[-1][names[0]])
+        progress(done + size)
+        if end is not None and size >= journal.settings["shard_tokens"]:
+            journal.add(parts, end)
+            done, parts, size = done + size, [], 0
+    if parts and end is not None:
+        journal.add(parts, end)
+
+
+def _on_cpu(item: Activations) -> Activations:
+    return item if item.x.device.type == "cpu" else replace(item, x=item.x.cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedActivations:
+    """Stored activations of one hook point, read by memory map: only the pages asked for."""
+
+    folder: Path
+    hook_point: str
+    n_tokens: int
+    d_in: int
+    dtype: torch.dtype
+    hook_points: tuple[str, ...]
+    """All hook points in the folder."""
+    manifest: dict[str, Any]
+    """The settings, versions and shards (file, tokens, bytes, sha256) as stored."""
+    starts: NDArray[np.int64]
+    """First token of each shard, and the number of tokens at the end."""
+    maps: tuple[tuple[np.memmap, np.memmap, np.memmap], ...]
+    """x (as 16-bit integers for bfloat16), row_id and position of each shard."""
+
+    @staticmethod
+    def open(
+        folder: str | os.PathLike[str], hook_point: str, *, verify: bool = False
+    ) -> "ShardedActivations":
+        """Open a complete folder.
+
+        Args:
+            folder: as written by ``harvest_shards``.
+            hook_point: one of those in the folder.
+            verify: read every shard once and compare its sha256.
+
+        Raises:
+            UserError: no such folder or hook point, or the harvest is not finished.
+            CorruptFileError: the manifest or a shard is not what was written; names the file.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        settings, shards = manifest["settings"], manifest["shards"]
+        if hook_point not in settings["hook_points"]:
+            raise UserError(
+                f"{folder} holds the hook points {', '.join(settings['hook_points'])}, "
+                f"got {hook_point!r}."
+            )
+        maps = []
+        for shard in shards:
+            check_size(folder, shard)
+            if verify:
+                check_digest(folder, shard)
+            maps.append(map_shard(folder / shard.file, shard.tokens, hook_point, settings["dtype"]))
+        stored = manifest | {"shards": [asdict(shard) for shard in shards]}
+        starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
+        return ShardedActivations(
+            folder=folder,
+            hook_point=hook_point,
+            n_tokens=int(starts[-1]),
+            d_in=maps[0][0].shape[1],
+            dtype=DTYPES[settings["dtype"]],
+            hook_points=tuple(settings["hook_points"]),
+            manifest=stored,
+            starts=starts,
+            maps=tuple(maps),
+        )
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def gather(self, indices: Int64[Tensor, " n"]) -> Activations:
+        """The tokens at ``indices`` (repeats allowed), in that order; shards are read in order.
+
+        Raises:
+            UserError: an index is outside 0 .. n_tokens - 1.
+        """
+        wanted = indices.numpy()
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.n_tokens):
+            raise UserError(
+                f"Token indices must be in 0..{self.n_tokens - 1}, "
+                f"got {wanted.min()}..{wanted.max()}."
+            )
+        order = np.argsort(wanted, kind="stable")
+        ascending = wanted[order]
+        bounds = np.searchsorted(ascending, self.starts)
+        x = np.empty((wanted.size, self.d_in), dtype=self.maps[0][0].dtype)
+        row_id = np.empty(wanted.size, dtype=np.int64)
+        position = np.empty(wanted.size, dtype=np.int32)
+        for shard in np.flatnonzero(np.diff(bounds)):
+            part = slice(bounds[shard], bounds[shard + 1])
+            local = ascending[part] - self.starts[shard]
+            for out, stored in zip((x, row_id, position), self.maps[shard], strict=True):
+                out[order[part]] = stored[local]
+        return self._wrap(x, row_id, position)
+
+    def iter_sequential(self, batch_size: int) -> Iterator[Activations]:
+        """All tokens in stored order; the last batch may be smaller."""
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+        for first in range(0, self.n_tokens, batch_size):
+            yield self.gather(torch.arange(first, min(first + batch_size, self.n_tokens)))
+
+    def _wrap(
+        self, x: NDArray[Any], row_id: NDArray[np.int64], position: NDArray[np.int32]
+    ) -> Activations:
+        values = torch.from_numpy(x)
+        if self.dtype == torch.bfloat16:
+            values = values.view(torch.bfloat16)
+        return Activations(values, torch.from_numpy(row_id), torch.from_numpy(position))

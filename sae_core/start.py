@@ -1,0 +1,63 @@
+"""Values measured on data at the first step and the last: b_dec, variance, thresholds."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_core import gba
+from sae_core.firing import FiringStats
+from sae_core.sae import SAE
+from sae_core.state import TrainConfig, TrainState
+
+
+def make_optimizer(sae: SAE, config: TrainConfig) -> torch.optim.Adam:
+    """Fused Adam over what the gradient step owns: b_enc of kind gba is not among it."""
+    learned_centre = sae.config.kind != "gba" or config.gba.centre == "learned"
+    sae.b_dec.requires_grad_(learned_centre)
+    parameters = [p for p in sae.parameters() if p.requires_grad]
+    return torch.optim.Adam(parameters, lr=0.0, betas=config.betas, fused=True)
+
+
+@torch.no_grad()
+def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> TrainState:
+    """Set b_dec, variance, groups and starting thresholds from the first tokens."""
+    u, _ = sae.normalise(sample)
+    mean = u.mean(0)
+    sae.b_dec.copy_(mean)
+    state = TrainState(
+        variance=float((u - mean).square().sum(1).mean().clamp_min(1e-30)), l1=config.sparsity.l1,
+        firing=FiringStats(sae.d_sae, u.device),
+        tokens_since=torch.zeros(sae.d_sae, dtype=torch.int64, device=u.device),
+    )  # fmt: skip
+    target = config.sparsity.target_l0
+    if sae.config.kind == "gba":
+        htf, ltf = config.gba.htf, config.gba.ltf
+        if target is not None:
+            htf, ltf = gba.frequencies_for_l0(config.gba, target, sae.d_sae)
+        state.group = gba.assign_groups(sae.d_sae, config.gba.n_groups).to(u.device)
+        state.taf = gba.target_frequencies(htf, ltf, config.gba.n_groups).to(u.device)
+        if config.gba.start == "quantile":
+            sae.b_enc.copy_(-_thresholds(sae, u, state.taf[state.group]).clamp(0, 1))
+    elif sae.config.kind == "jumprelu" and target is not None:
+        freq = torch.full((sae.d_sae,), min(0.5, target / sae.d_sae), dtype=torch.float64)
+        sae.threshold.copy_(_thresholds(sae, u, freq.to(u.device)).clamp_min(0))
+    state.optimizer = make_optimizer(sae, config)
+    return state
+
+
+@torch.no_grad()
+def _thresholds(sae: SAE, u: Tensor, freq: Tensor, chunk: int = 512) -> Tensor:
+    """Data thresholds at the wanted frequencies, `chunk` latents at a time to bound memory."""
+    centred = u - sae.b_dec
+    return torch.cat([
+        gba.quantile_thresholds(centred @ sae.W_enc[:, j : j + chunk], freq[j : j + chunk])
+        for j in range(0, sae.d_sae, chunk)
+    ])  # fmt: skip
+
+
+@torch.no_grad()
+def calibrate(sae: SAE, x: Float[Tensor, "n d_in"], state: TrainState) -> None:
+    """Lower each bias to the ceiling measured on x with frozen weights (never raise one)."""
+    u, _ = sae.normalise(x)
+    ceiling = _thresholds(sae, u, state.taf[state.group])
+    sae.b_enc.copy_(torch.minimum(sae.b_enc, -ceiling.clamp(0, 1)))

@@ -1,0 +1,88 @@
+"""Configuration and state of one training run: what a checkpoint must hold beside the weights."""
+
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sae_core.errors import UserError
+from sae_core.firing import FiringStats
+from sae_core.gba import GBAConfig
+from sae_core.loss import SparsityConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; the SAE's own shape is in SAEConfig."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 1024
+    """Tokens a step (for resuming and estimates; the batches decide)."""
+    lr: float | None = None
+    """Peak learning rate (None: `default_lr`)."""
+    warmup_frac: float = 0.05
+    """Share of the steps with a linearly rising learning rate."""
+    decay_frac: float = 0.2
+    """Share of the steps, at the end, with a linearly falling learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    seed: int = 0
+    """Initial weights and batch order."""
+    init_tokens: int = 16384
+    """Tokens of the first batches that set b_dec and the starting thresholds."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the encoder's product; active entries are always recomputed in float32."""
+    log_every: int = 10
+    """Steps summed up in one StepRecord."""
+    gba: GBAConfig = field(default_factory=GBAConfig)
+    """Groups, target frequencies and controller of kind gba."""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    """Sparsity terms of the other kinds."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or self.log_every < 1:
+            raise UserError(
+                f"steps, batch_size and log_every must be at least 1, got {self.steps}, "
+                f"{self.batch_size} and {self.log_every}."
+            )
+        if self.warmup_frac < 0 or self.decay_frac < 0 or self.warmup_frac + self.decay_frac > 1:
+            raise UserError(
+                f"warmup_frac and decay_frac must be shares that sum to at most 1, got "
+                f"{self.warmup_frac} and {self.decay_frac}."
+            )
+
+
+@dataclass
+class TrainState:
+    """Everything besides the weights that a step reads and writes; see checkpoint.py."""
+
+    step: int = 0
+    tokens: int = 0
+    variance: float = 1.0
+    l1: float = 0.0
+    group: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    taf: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    firing: FiringStats = field(default_factory=lambda: FiringStats(0))
+    tokens_since: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    optimizer: torch.optim.Adam | None = None
+
+    @property
+    def started(self) -> bool:
+        """False before the first batch was seen."""
+        return self.optimizer is not None
+
+
+def default_lr(kind: str, d_sae: int) -> float:
+    """Peak rate that did best in benchmarks/sae_quality.py; falls as 1/sqrt(d_sae) above 16,384."""
+    base = {"gba": 1e-3, "topk": 1e-3, "batch_topk": 1e-3, "jumprelu": 1e-3, "relu": 1e-3}[kind]
+    return base / max(1.0, sqrt(d_sae / 2**14))
+
+
+def learning_rate(step: int, peak: float, config: TrainConfig) -> float:
+    """Linear warm-up, plateau, linear decay to 1/decay-steps of the peak; step counts from 0."""
+    warmup = max(1, round(config.warmup_frac * config.steps))
+    decay = max(1, round(config.decay_frac * config.steps))
+    return peak * min(1.0, (step + 1) / warmup, (config.steps - step) / decay)

@@ -1,0 +1,129 @@
+"""Train an SAE on any iterable of activations; a generator of StepRecord.
+
+    sae = SAE(SAEConfig(d_in=576, d_sae=4608))
+    for record in train(sae, batches(x, 1024, seed=0), TrainConfig(steps=1000)):
+        print(record.fvu, record.l0)
+
+One step is a gradient step on {W_enc, W_dec, scale, ...} and, for kind="gba", now and then a bias
+step of the controller (arXiv 2506.14002); the two never touch the same tensor. Under
+torch.distributed each rank passes its own batches; gradients are averaged and firing counts
+merged, so the result is that of one process with the joined batch.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from sae_core.activations import Activations
+from sae_core.errors import UserError
+from sae_core.kernels.codes import Codes
+from sae_core.sae import SAE
+from sae_core.start import calibrate, start
+from sae_core.state import TrainConfig, TrainState, default_lr, learning_rate
+from sae_core.step import bias_step, count_firing, dead_after_tokens, gradient_step
+
+__all__ = ["StepRecord", "TrainConfig", "TrainState", "train"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Means over the steps since the last record."""
+
+    step: int
+    """Steps done."""
+    tokens: int
+    """Tokens trained on."""
+    fvu: float
+    """Fraction of variance unexplained, of normalised tokens where the SAE normalises."""
+    l0: float
+    """Active latents a token."""
+    dead_fraction: float
+    """Share of latents silent for `dead_after_tokens` tokens."""
+    lr: float
+    """Learning rate of the last step."""
+
+
+class _Window:
+    """Sums behind one StepRecord; FVU is the ratio of sums about the window's mean."""
+
+    def __init__(self) -> None:
+        self.residual = self.square = self.active = self.n = 0.0
+        self.total: Tensor | float = 0.0
+
+    def add(self, u: Tensor, u_hat: Tensor, codes: Codes) -> None:
+        self.residual += float((u - u_hat).square().sum(dtype=torch.float64))
+        self.square += float(u.square().sum(dtype=torch.float64))
+        self.total = self.total + u.sum(0, dtype=torch.float64)
+        self.active += codes.col.shape[0]
+        self.n += u.shape[0]
+
+    def record(self, state: TrainState, dead_after: int, lr: float) -> StepRecord:
+        assert isinstance(self.total, Tensor)
+        variation = self.square - float(self.total.square().sum()) / self.n
+        dead = float((state.tokens_since >= dead_after).double().mean())
+        fvu = self.residual / max(variation, 1e-30)
+        return StepRecord(state.step, state.tokens, fvu, self.active / self.n, dead, lr)
+
+
+def _tensors(batches: Iterable[Activations | Tensor], sae: SAE) -> Iterator[Tensor]:
+    for batch in batches:
+        x = batch.x if isinstance(batch, Activations) else batch
+        yield x.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
+
+
+def _peek(stream: Iterator[Tensor], n_tokens: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """The first n_tokens tokens (fewer where the stream is short) and the stream unharmed."""
+    head: list[Tensor] = []
+    while sum(map(len, head)) < n_tokens and (batch := next(stream, None)) is not None:
+        head.append(batch)
+    if not head:
+        raise UserError("Expected activations to train on, got an empty stream.")
+    return torch.cat(head)[:n_tokens], chain(head, stream)
+
+
+def train(
+    sae: SAE,
+    batches: Iterable[Activations | Tensor],
+    config: TrainConfig,
+    state: TrainState | None = None,
+) -> Iterator[StepRecord]:
+    """Train `sae` in place for config.steps steps.
+
+    Args:
+        batches: Activations or tensors [n, d_in]; on resuming, those after state.step. After the
+            last step kind="gba" reads calibrate_tokens more tokens (fewer where the stream ends).
+        state: where a checkpoint stopped; a fresh one is filled in place, so that the caller can
+            save it between records.
+    Yields:
+        A StepRecord every `log_every` steps and at the end.
+    Raises:
+        UserError: width that does not fit, or fewer batches than steps.
+    """
+    state = TrainState() if state is None else state
+    stream = _tensors(batches, sae)
+    if not state.started:
+        sample, stream = _peek(stream, config.init_tokens)
+        state.__dict__.update(start(sae, sample, config).__dict__)
+    peak = default_lr(sae.config.kind, sae.d_sae) if config.lr is None else config.lr
+    window, dead_after = _Window(), dead_after_tokens(config)
+    sae.train()
+    while state.step < config.steps:
+        x = next(stream, None)
+        if x is None:
+            raise UserError(f"Expected batches for {config.steps} steps, got {state.step}.")
+        lr = learning_rate(state.step, peak, config)
+        u, _ = sae.normalise(x)
+        codes, u_hat = gradient_step(sae, u, state, config, lr)
+        count_firing(sae, codes, state, config)
+        if sae.config.kind == "gba" and state.step % config.gba.period == 0:
+            bias_step(sae, state, config.gba)
+        window.add(u, u_hat, codes)
+        if state.step == config.steps and sae.config.kind == "gba" and config.gba.calibrate_tokens:
+            calibrate(sae, _peek(chain([x], stream), config.gba.calibrate_tokens)[0], state)
+        if state.step % config.log_every == 0 or state.step == config.steps:
+            yield window.record(state, dead_after, lr)
+            window = _Window()
+    sae.eval()

