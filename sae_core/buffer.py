@@ -6,7 +6,7 @@ of length N and answers "what is at place p" at once, so that a run resumes at a
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ __all__ = ["batches", "permute", "prefetch", "shuffle_stream"]
 _ROUNDS = 12
 
 
+@runtime_checkable
 class IndexedActivations(Protocol):
     """Stored activations with random access, e.g. ``ShardedActivations``."""
 
@@ -76,7 +77,7 @@ def _shuffled_indices(first: int, count: int, n: int, seed: int) -> NDArray[np.i
     while count:
         epoch, place = divmod(first, n)
         take = min(count, n - place)
-        keys = np.random.SeedSequence((seed, epoch)).generate_state(_ROUNDS, np.uint64)
+        keys = np.random.SeedSequence((seed, epoch)).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
         parts.append(permute(np.arange(place, place + take, dtype=np.uint64), n, keys))
         first, count = first + take, count - take
     return np.concatenate(parts).astype(np.int64)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sae_core.errors import CorruptFileError, UserError
 from sae_core.disk import disk_errors
+from sae_core.errors import CorruptFileError, UserError
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 20

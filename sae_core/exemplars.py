@@ -184,7 +184,7 @@ def _byte_of() -> dict[str, int]:
 def _cropped(
     record: dict[str, Any], tokens: tuple[str, ...], acts: np.ndarray, window: int
 ) -> ExemplarText:
-    """At most ``window`` tokens with the largest activation as near their middle as the text allows."""
+    """At most ``window`` tokens, the largest activation as near their middle as can be."""
     start = max(0, min(int(acts.argmax()) - window // 2, len(tokens) - window))
     stop = start + window
     return ExemplarText(

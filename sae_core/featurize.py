@@ -1,7 +1,7 @@
 """From texts to SparseFeatures: harvest activations, encode them, pool them to rows."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from sae_core.errors import UserError
 from sae_core.features import SparseFeatures
 from sae_core.kernels.codes import Codes
 from sae_core.metrics import check_width, evaluating
-from sae_core.pooling import RowPooler, pool_tokens
+from sae_core.pooling import POOLINGS, RowPooler, pool_tokens
 from sae_core.provenance import Provenance, package_versions
 from sae_core.sae import SAE
 from sae_core.text import TextRow
@@ -21,9 +21,9 @@ from sae_core.text import TextRow
 if TYPE_CHECKING:
     from sae_core.models import LanguageModel
 
-__all__ = ["Pooling", "RowPooler", "RowTable", "featurize", "pool_tokens"]
+__all__ = ["POOLINGS_AND_NONE", "RowPooler", "RowTable", "featurize", "pool_tokens"]
 
-Pooling = Literal["max", "mean", "sum", "last", "none"]
+POOLINGS_AND_NONE = (*POOLINGS, "none")
 
 
 class RowTable:
@@ -82,7 +82,7 @@ def featurize(
     rows: Iterable[TextRow],
     hook_point: str,
     *,
-    pooling: Pooling = "max",
+    pooling: str = "max",
     config: HarvestConfig | None = None,
     data_id: str,
     seed: int = 0,
@@ -111,8 +111,8 @@ def featurize(
             unknown pooling, or max_tokens.
     """
     config = config or HarvestConfig()
-    if pooling not in get_args(Pooling):
-        raise UserError(f"Expected a pooling of {get_args(Pooling)}, got {pooling!r}.")
+    if pooling not in POOLINGS_AND_NONE:
+        raise UserError(f"Expected a pooling of {POOLINGS_AND_NONE}, got {pooling!r}.")
     if config.max_tokens is not None:
         raise UserError(
             f"Features need whole rows: expected max_tokens None, got {config.max_tokens}; "

@@ -105,15 +105,12 @@ def resolve_hook_point(model: nn.Module, name: str) -> HookPoint:
 
 
 def _nearest(model: nn.Module, name: str) -> str:
-    canonical = hook_point_names(model)
-    paths = [
-        f"{path}.{side}" for path, _ in model.named_modules() if path for side in ("in", "out")
-    ]
-    # The canonical names lead; difflib alone would drown them in the paths of a deep model.
-    near = difflib.get_close_matches(name, canonical, _SUGGESTIONS, cutoff=0.5)
-    near += difflib.get_close_matches(name, paths, _SUGGESTIONS, cutoff=0.8)
-    near = list(dict.fromkeys(near))[:_SUGGESTIONS] or [canonical[1], canonical[-1]]
-    return f"the nearest that exist are {', '.join(near)}."
+    known = hook_point_names(model)
+    if name.split(".")[0] in dict(model.named_children()):  # the beginning of a module path
+        paths = [path for path, _ in model.named_modules() if path]
+        known += [f"{path}.{side}" for path in paths for side in ("in", "out")]
+    near = difflib.get_close_matches(name, known, _SUGGESTIONS, cutoff=0.5)
+    return f"the nearest that exist are {', '.join(near or [known[1], known[-1]])}."
 
 
 def _attach(

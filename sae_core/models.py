@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from sae_core.download import cache_dir, sha256_file
-from sae_core.errors import UserError
 from sae_core.disk import disk_errors
+from sae_core.download import cache_dir, sha256_file
+from sae_core.errors import CorruptFileError, UserError
 from sae_core.weights import (
     DEFAULT_MODEL,
     EMBEDDED,
@@ -63,8 +64,9 @@ class LanguageModel:
 
     @property
     def max_positions(self) -> int:
-        """Longest context in tokens."""
-        return int(self._text_config.max_position_embeddings)
+        """Longest context in tokens; the tokenizer's where the architecture has no bound."""
+        bound = getattr(self._text_config, "max_position_embeddings", None)
+        return int(bound or self.tokenizer.model_max_length)
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +93,7 @@ def load_model(
     Raises:
         UserError: unknown model, terms not accepted, pickled weights, remote code, broken token
             ids, an architecture that transformers lacks, dtype or device that cannot be had.
-        CorruptFileError: a damaged .gguf.
+        CorruptFileError: a damaged .gguf or safetensors file.
         MissingExtraError: a .gguf is to be decoded and the packages for it are absent.
     """
     _check_target(dtype, device)
@@ -141,9 +143,14 @@ def _from_pretrained(source: str, dtype: torch.dtype, is_local: bool) -> tuple[A
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": is_local}
     AutoConfig.from_pretrained(source, **common)  # refuses remote code before a weight is fetched
     tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, **common
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
     )
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
+        raise UserError(
+            f"The weights of {source} do not fill a {type(model).__name__}: {len(missing)} tensors "
+            f"are absent, the first {missing[0]}."
+        )
     return model, tokenizer
 
 
@@ -218,6 +225,12 @@ def _weights_revision(folder: Path) -> str:
         pickled = [name for name in names if name.endswith(_PICKLED)]
         what = f"{', '.join(pickled)}, which is not opened: it can run code" if pickled else "none"
         raise UserError(f"Expected safetensors weights in {folder}, got {what}.")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):  # compares the header with the file's length
+                pass
+        except SafetensorError as error:
+            raise CorruptFileError(f"{path} is not a whole safetensors file: {error}") from error
     return sha256_file(*weights)
 
 

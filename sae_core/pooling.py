@@ -6,7 +6,6 @@ A row may arrive in pieces, in any order and from any process, and nothing of th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -16,7 +15,7 @@ from torch import Tensor
 from sae_core.errors import UserError
 from sae_core.kernels.codes import Codes
 
-RowPooling = Literal["max", "mean", "sum", "last"]
+POOLINGS = ("max", "mean", "sum", "last")
 _COMPACT_AFTER = 1 << 22  # entries that may wait before they are pooled: 64 MiB
 
 
@@ -24,7 +23,7 @@ _COMPACT_AFTER = 1 << 22  # entries that may wait before they are pooled: 64 MiB
 class PooledRows:
     """Pools of the tokens seen so far, one per row; ``mean`` keeps the sum until the end."""
 
-    pooling: RowPooling
+    pooling: str
     row_id: Int[np.ndarray, " r"]
     """Ascending, each once, [r] int64."""
     n_tokens: Int[np.ndarray, " r"]
@@ -40,7 +39,7 @@ class PooledRows:
 
 
 def pool_tokens(
-    codes: Codes, row_id: Int[Tensor, " n"], position: Int[Tensor, " n"], pooling: RowPooling
+    codes: Codes, row_id: Int[Tensor, " n"], position: Int[Tensor, " n"], pooling: str
 ) -> PooledRows:
     """Pool the codes of n tokens to the rows that they belong to.
 
@@ -56,8 +55,8 @@ def pool_tokens(
     Raises:
         UserError: the pooling is unknown, or the lengths differ.
     """
-    if pooling not in get_args(RowPooling):
-        raise UserError(f"Expected a pooling of {get_args(RowPooling)}, got {pooling!r}.")
+    if pooling not in POOLINGS:
+        raise UserError(f"Expected a pooling of {POOLINGS}, got {pooling!r}.")
     if not codes.n == len(row_id) == len(position):
         raise UserError(
             f"Expected one row_id and one position for each of {codes.n} tokens, "
@@ -69,7 +68,7 @@ def pool_tokens(
 
 
 def _pooled(
-    pooling: RowPooling,
+    pooling: str,
     row_id: Int[np.ndarray, " m"],
     n_tokens: Int[np.ndarray, " m"],
     position: Int[np.ndarray, " m"],
@@ -116,7 +115,7 @@ def _merged(parts: Sequence[PooledRows]) -> PooledRows:
 class RowPooler:
     """Streaming pool: update with batches, merge with other poolers, compute once at the end."""
 
-    def __init__(self, d_sae: int, pooling: RowPooling) -> None:
+    def __init__(self, d_sae: int, pooling: str) -> None:
         none = np.empty(0, dtype=np.int64)
         empty = sparse.csr_array((0, d_sae), dtype=np.float32)
         self._parts = [_pooled(pooling, none, none, none, empty)]

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -54,22 +56,30 @@ def write_shard(path: Path, parts: list[dict[str, Activations]], dtype: str) -> 
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _HEADER_BYTES)  # keeps every matrix aligned
+    blocks = chain(
+        (len(text).to_bytes(_HEADER_BYTES, "little"), text),
+        (_as_bytes(tensor, kind) for _, (_, kind), _, tensors in columns for tensor in tensors),
+    )
+    return _write_blocks(path, blocks), _HEADER_BYTES + len(text) + offset
+
+
+def _write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
+    """Write a file under another name, wait for the disk, rename; its sha256."""
     temp = path.with_name(f".{path.name}.tmp")
     digest = hashlib.sha256()
-    with open(temp, "wb") as file:
-        for block in (len(text).to_bytes(_HEADER_BYTES, "little"), text):
-            file.write(block)
-            digest.update(block)
-        for _, (_, numpy_type), _, tensors in columns:
-            for tensor in tensors:
-                block = _as_bytes(tensor, numpy_type)
+    try:
+        with open(temp, "wb") as file:
+            for block in blocks:
                 file.write(block)
                 digest.update(block)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
-    return digest.hexdigest(), _HEADER_BYTES + len(text) + offset
+    return digest.hexdigest()
 
 
 def _as_bytes(tensor: Tensor, numpy_type: str) -> memoryview:

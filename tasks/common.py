@@ -12,13 +12,14 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from sae_core.errors import CorruptFileError, UserError
 
@@ -38,11 +39,12 @@ MACHINE_ERRORS = {
     errno.ENAMETOOLONG: "The file name is too long",
 }
 
-Item = TypeVar("Item")
 
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came; the exit code is 128 + the signal's number.
 
-class Interrupted(Exception):
-    """A stop was asked for and the state is saved; the exit code is 128 + the signal's number."""
+    No Exception, so that nothing which turns errors into messages swallows it.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -50,10 +52,23 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Remembers that SIGINT or SIGTERM came; work looks at it between steps."""
+    """What SIGINT and SIGTERM do: raise Interrupted at once, or wait for the end of a step.
+
+    Every write of this program is atomic and every stage continues what it finds, so stopping at
+    once is safe anywhere; only training waits, to save the step that it is at.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._is_deferred = False
+
+    def receive(self, signum: int) -> None:
+        """Note a signal, and raise Interrupted unless inside ``deferred``; a second one exits."""
+        if self.signum is not None:
+            os._exit(128 + signum)
+        self.signum = signum
+        if not self._is_deferred:
+            raise Interrupted(signum)
 
     def check(self) -> None:
         """Raises:
@@ -62,24 +77,27 @@ class StopSignal:
         if self.signum is not None:
             raise Interrupted(self.signum)
 
-    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield ``items`` until a signal comes, then raise Interrupted."""
-        for item in items:
-            self.check()
-            yield item
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal is only noted; the block calls ``check`` where it can stop."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
 
 
 @contextmanager
 def catch_signals() -> Iterator[StopSignal]:
-    """SIGINT and SIGTERM set the returned flag; a second one ends the process at once."""
+    """Route SIGINT and SIGTERM to a StopSignal while the block runs (main thread only)."""
     stop = StopSignal()
 
     def handle(signum: int, _frame: FrameType | None) -> None:
-        if stop.signum is not None:
-            # Every write is atomic, so leaving at once loses nothing that was finished.
-            os._exit(128 + signum)
-        stop.signum = signum
+        stop.receive(signum)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set handlers
+        return
     old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

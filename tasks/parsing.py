@@ -7,9 +7,9 @@ the flags that all commands share are declared once.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -75,6 +75,18 @@ class CommandParser(ArgumentParser):
         self.add_class_arguments(cls, key, skip=skip or set())
         if key is not None:
             self._groups.append(key)
+
+    def use_preset(
+        self, argv: Sequence[str], flag: str, presets: Mapping[str, Mapping[str, Any]], key: str
+    ) -> None:
+        """Let ``flag NAME`` change the defaults below ``key``; flags and files override it."""
+        args = list(argv)
+        for number, arg in enumerate(args):
+            name = arg.removeprefix(f"{flag}=") if arg.startswith(f"{flag}=") else None
+            if arg == flag and number + 1 < len(args):
+                name = args[number + 1]
+            if name in presets:  # an unknown name is refused by the parser
+                self.set_defaults({f"{key}.{k}": v for k, v in presets[name].items()})
 
     def parse(self, argv: Sequence[str]) -> Namespace:
         """Raises:
@@ -201,18 +213,21 @@ def _type_name(text: str) -> str:
 
 
 def take(cls: type, values: Mapping[str, Any] | Namespace) -> Any:
-    """Build the dataclass ``cls`` from those of ``values`` that are its fields.
+    """Build the dataclass ``cls``, and the dataclasses inside it, from those of ``values`` it has.
 
     Raises:
         UserError: a field without default is absent, or the dataclass refuses a value.
     """
-    given = values.as_flat().__dict__ if isinstance(values, Namespace) else dict(values)
-    names = {field.name for field in fields(cls)}
-    missing = [
-        field.name
-        for field in fields(cls)
-        if field.name not in given and field.default is MISSING and field.default_factory is MISSING
-    ]
-    if missing:
-        raise UserError(f"A value for --{missing[0].replace('_', '-')} is needed.")
-    return cls(**{key: value for key, value in given.items() if key in names})
+    given = values.as_dict() if isinstance(values, Namespace) else dict(values)
+    hints = get_type_hints(cls)
+    chosen: dict[str, Any] = {}
+    for field in fields(cls):
+        if field.name in given:
+            value = given[field.name]
+            nested = is_dataclass(hints[field.name]) and isinstance(value, Mapping)
+            # JSON has no tuples
+            value = tuple(value) if isinstance(value, list) else value
+            chosen[field.name] = take(hints[field.name], value) if nested else value
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"A value for --{field.name.replace('_', '-')} is needed.")
+    return cls(**chosen)

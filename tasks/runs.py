@@ -9,13 +9,14 @@ results.json    evaluation on held-out text, written last
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_core.disk import atomic_write_text
 from sae_core.errors import UserError
-from sae_core.store import atomic_write_text
 
 from .common import first_difference, plain, read_json, to_json
 
@@ -55,6 +56,17 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         return self.results_file.exists()
+
+    def discard_if_empty(self) -> None:
+        """Take back what a failed start wrote, unless a finished shard or checkpoint is there."""
+        if any(self.activations.glob("*/shard-*")) or any(self.checkpoints.glob("*")):
+            return
+        for folder in (self.activations, self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.run_file.unlink(missing_ok=True)
+        self.metrics_file.unlink(missing_ok=True)
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def read(self) -> dict[str, Any]:
         """``run.json``: ``{"format", "version", "config", "provenance"}``.

@@ -183,9 +183,7 @@ def open_model(options: ModelOptions, *, accept_terms: bool = False) -> Language
     from sae_core.models import load_model
 
     dtype = getattr(torch, options.dtype)
-    return load_model(
-        options.name, dtype=dtype, device=options.device, accept_terms=accept_terms
-    )
+    return load_model(options.name, dtype=dtype, device=options.device, accept_terms=accept_terms)
 
 
 def open_source(options: TextOptions) -> "TextSource":

@@ -78,9 +78,9 @@ def open_text(spec: str, *, column: str | None = None, split: str = "train") -> 
     """Open a text source by name, in this order of meaning: ``demo``, an existing file, a hub id.
 
     Args:
-        spec: ``demo``; a jsonl, json, csv, tsv, parquet or txt file (see ``read_text_file``); or the
-            id of a dataset on the hub, as ``owner/name`` or ``owner/name:configuration``. Write
-            ``./demo`` for a file called demo.
+        spec: ``demo``; a jsonl, json, csv, tsv, parquet or txt file (see ``read_text_file``); or
+            the id of a dataset on the hub, as ``owner/name`` or ``owner/name:configuration``.
+            Write ``./demo`` for a file called demo.
         column: which column is the text; None takes ``text``, else the only string column.
         split: which split of a hub dataset.
     Returns:
@@ -167,25 +167,28 @@ def _film_reviews(path: Path) -> list[str]:
 
 
 def interleave(domains: dict[str, Iterable[str]]) -> list[tuple[str, str]]:
-    """Equally many distinct texts of each domain, in one order that depends on nothing but them.
+    """Equally many distinct texts of each domain, shuffled, in rounds of one text of each.
 
-    Every text gets the key ``splitmix64(splitmix64(domain number) + its place)`` and keys are
-    sorted, so that any prefix holds about equal shares.
+    The order depends on the texts alone: each gets the key ``splitmix64(splitmix64(d) + i)``, d the
+    number of its domain and i its place there. A domain's texts come in the order of their keys,
+    the domains of one round in the order of the keys' hashes, so any prefix holds equal shares to
+    within one text.
 
     Args:
         domains: name of the domain to its texts; repeated texts count once.
     Returns:
         (text, domain) pairs: the smallest domain's number of each.
     """
-    mask = (1 << 64) - 1
     keyed: list[list[tuple[int, str, str]]] = []
     for number, (domain, texts) in enumerate(domains.items()):
         base = splitmix64(number)
         distinct = enumerate(dict.fromkeys(texts))
-        keyed.append(sorted((splitmix64((base + i) & mask), t, domain) for i, t in distinct))
-    n_each = min(map(len, keyed))
-    every = sorted(row for rows in keyed for row in rows[:n_each])
-    return [(text, domain) for _, text, domain in every]
+        keyed.append(sorted((splitmix64((base + i) % 2**64), t, domain) for i, t in distinct))
+    rows: list[tuple[str, str]] = []
+    for one_round in zip(*keyed, strict=False):  # ends with the smallest domain
+        shuffled = sorted(one_round, key=lambda row: splitmix64(row[0]))
+        rows += [(text, domain) for _, text, domain in shuffled]
+    return rows
 
 
 def python_chunks(folder: Path) -> Iterator[str]:
@@ -215,7 +218,7 @@ def split_source(source: str, tree: ast.Module) -> Iterator[str]:
     A decorator and the comment lines right above belong to their definition. The pieces joined
     give the module's lines back, save blank lines at the cuts.
     """
-    lines = source.splitlines(keepends=True) if "\f" not in source else _physical_lines(source)
+    lines = io.StringIO(source).readlines()  # str.splitlines would also cut at form feeds
     cuts = {0, len(lines)}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -232,38 +235,36 @@ def split_source(source: str, tree: ast.Module) -> Iterator[str]:
                 yield chunk
 
 
-def _physical_lines(source: str) -> list[str]:
-    """Lines as the parser counts them: ``str.splitlines`` also cuts at form feeds and the like."""
-    return io.StringIO(source, newline="").readlines()
-
-
 # Datasets of the hub
 
 
 def _hub_dataset(spec: str, column: str | None, split: str) -> TextSource:
     try:
         import datasets
+        from huggingface_hub import HfApi
     except ImportError as error:
         raise MissingExtraError(
             f"Reading the dataset {spec!r} from the hub needs `datasets`: pip install datasets."
         ) from error
     name, _, configuration = spec.partition(":")
+    where = f"{spec} ({split})"
     try:
-        data = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
-        records = partial(_numbered, data, f"{spec} ({split})")
-        column = pick_column(records(), column, f"The dataset {spec} ({split})")
+        # A fixed commit gives the same rows at every reading, whatever is pushed in between.
+        commit = HfApi().dataset_info(name).sha
+        data = datasets.load_dataset(
+            name, configuration or None, split=split, streaming=True, revision=commit
+        )
+        records = partial(_numbered, data, where)
+        column = pick_column(records(), column, f"The dataset {where}")
     except UserError:
         raise
-    except Exception as error:  # the hub client raises errors of many libraries
+    except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"Cannot open the text {spec!r}: it is neither {DEMO!r} nor an existing file, and as a "
             f"dataset of the hub with the split {split!r} it gave: {reason[0]}"
         ) from error
-    version = str(getattr(data.info, "version", None) or "")
-    return source_from_records(
-        f"{spec}/{split}" + (f"@{version}" if version else ""), records, column
-    )
+    return source_from_records(f"{spec}/{split}@{str(commit)[:12]}", records, column)
 
 
 def _numbered(data: Any, name: str) -> Iterator[tuple[str, Record]]:

@@ -5,25 +5,21 @@ on how often and where the run was stopped.
 """
 
 import logging
-import platform
-import os
-import resource
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_core.errors import MissingExtraError, UserError
+from sae_core.errors import UserError
+from sae_core.provenance import package_versions
 
-from .common import PROG, Interrupted, StopSignal, first_difference, plain, run_command, size, to_json
+from .common import PROG, StopSignal, plain, read_json, run_command, token_count
+from .evaluation import as_text, evaluate_run, finish, machine, peak_memory
 from .parsing import CommandParser, take
-from .progress import Progress, duration, progress
-from .runs import RunFolder, check_free, claim, read_metrics, truncate_metrics
+from .progress import Progress
+from .runs import RunFolder, check_free, claim, truncate_metrics
+from .sinks import check_sink, open_sink
 
 if TYPE_CHECKING:
     from sae_core.models import LanguageModel
@@ -35,6 +31,7 @@ if TYPE_CHECKING:
     from .settings import TrainSettings
 
 LOG = logging.getLogger(__name__)
+VERSIONS = ("sae-apps", "torch", "transformers")
 EXAMPLE = (
     f"{PROG} train --model smollm2-135m --text demo --hook layers.15.out --tokens 1M "
     "--kind gba --d-sae 4608 --out runs/x"
@@ -57,7 +54,6 @@ SHORT = {
     "groups": "train.gba.n_groups",
     "l0": "train.sparsity.target_l0",
 }
-EVAL_BATCH = 2048
 
 
 def build_parser() -> CommandParser:
@@ -112,13 +108,11 @@ def main(argv: Sequence[str]) -> int:
 
     def work(stop: StopSignal) -> tuple[Any, str]:
         if options.dry_run:
-            from .estimate import estimate_training
+            from .estimate import estimate_text, estimate_training
 
             report = estimate_training(settings, accept_terms=options.accept_terms)
-            return report, report["text"]
-        results = train_run(
-            settings, stop, accept_terms=options.accept_terms, quiet=options.quiet
-        )
+            return report, estimate_text(report)
+        results = train_run(settings, stop, accept_terms=options.accept_terms, quiet=options.quiet)
         return results, as_text(results)
 
     return run_command(work, as_json=options.json, verbose=options.verbose, quiet=options.quiet)
@@ -195,41 +189,50 @@ def train_run(
     start = time.monotonic()
     run = check_free(need_out(settings.run.out), settings.identity())
     if run.is_finished:
-        LOG.info("%s is finished; nothing to do.", run.path)
-        return read_results(run)
+        LOG.info("%s is finished: nothing to do.", run.path)
+        return read_json(run.results_file)
+    check_sink(settings.run.log)
     inputs = open_inputs(settings, accept_terms=accept_terms)
-    is_new = not run.run_file.exists()
     seconds: dict[str, float] = {}
+    is_new = not run.run_file.exists()
+    claim(run, settings.identity(), provenance(settings, inputs))
     try:
-        claim(run, settings.identity(), provenance(settings, inputs))
         with timed(seconds, "harvest"):
-            stored, held_out = harvest(settings, inputs, run, stop, quiet=quiet)
+            stored, held_out = harvest(settings, inputs, run, quiet=quiet)
     except UserError:
         if is_new:
             run.discard_if_empty()
         raise
     with timed(seconds, "train"):
-        sae, state, config = fit(settings, run, stored, stop, quiet=quiet)
+        sae, state = fit(settings, run, stored, stop, quiet=quiet)
     with timed(seconds, "evaluate"):
-        results = evaluate_run(settings, inputs, sae, state, held_out, stop, quiet=quiet)
+        results = evaluate_run(settings, inputs, sae, state, held_out, quiet=quiet)
     seconds["total"] = time.monotonic() - start
     results |= {
+        "steps": state.step,
         "n_tokens": state.tokens,
         "n_stored_tokens": stored.n_tokens,
-        "steps": config.steps,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "wall_seconds": round(seconds["total"], 2),
         "peak_memory_bytes": peak_memory(),
         "machine": machine(),
         "out": str(run.path),
-        "provenance": provenance(settings, inputs) | {"sae_hash": sae.hash()},
+        "provenance": provenance(settings, inputs)
+        | {"sae_hash": sae.hash(), "versions": package_versions(*VERSIONS)},
     }
-    finish(run, sae, state, results)
-    return read_results(run)
+    return plain(finish(run, sae, state, results))
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long the block took."""
+    start = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - start
 
 
 def provenance(settings: "TrainSettings", inputs: Inputs) -> dict[str, str]:
-    """Where the run comes from; the versions are those of the process that began it."""
+    """What the run reads; a run is continued only on the same."""
     return {
         "model_id": inputs.lm.model_id,
         "model_revision": inputs.lm.revision,
@@ -240,31 +243,21 @@ def provenance(settings: "TrainSettings", inputs: Inputs) -> dict[str, str]:
 
 
 def harvest(
-    settings: "TrainSettings", inputs: Inputs, run: RunFolder, stop: StopSignal, *, quiet: bool
+    settings: "TrainSettings", inputs: Inputs, run: RunFolder, *, quiet: bool
 ) -> tuple["ShardedActivations", "ShardedActivations"]:
     """Activations of the training and the held-out tokens on disk."""
     from sae_core.shards import harvest_shards
     from sae_core.tokens import count_tokens
 
-    from .common import token_count
-
     wanted = token_count(settings.run.eval_tokens)
-    n_held_out = count_tokens(
-        inputs.lm.tokenizer, inputs.held_out_rows, settings.harvest, wanted
-    )
+    n_held_out = count_tokens(inputs.lm.tokenizer, inputs.held_out_rows, settings.harvest, wanted)
     parts = (
         ("train", inputs.train_rows, settings.max_tokens),
         ("held_out", inputs.held_out_rows, n_held_out),
     )
     stored = []
     for name, rows, max_tokens in parts:
-        shown = Progress(f"harvest {name}", max_tokens, "tokens", enabled=not quiet)
-
-        def update(done: int, shown: Progress = shown) -> None:
-            shown.update_to(done)
-            stop.check()
-
-        with shown:
+        with Progress(f"harvest {name}", max_tokens, "tokens", enabled=not quiet) as shown:
             folders = harvest_shards(
                 inputs.lm,
                 rows,
@@ -273,7 +266,7 @@ def harvest(
                 replace(settings.harvest, max_tokens=max_tokens),
                 dtype=settings.store_dtype(),
                 shard_tokens=settings.shard_tokens(),
-                progress=update,
+                progress=shown.update_to,
             )
         stored.append(folders[inputs.hook_point])
     return stored[0], stored[1]
@@ -292,43 +285,51 @@ def fit(
     stop: StopSignal,
     *,
     quiet: bool,
-) -> tuple["SAE", "TrainState", "TrainConfig"]:
+) -> tuple["SAE", "TrainState"]:
     """Train from the last checkpoint, or from the start, to the end.
 
     Records reach metrics.jsonl before the checkpoint that contains them, so what a kill leaves is
     always at least as long as the checkpoint, and is cut back to it.
     """
-    import torch
-
     from sae_core.buffer import batches, prefetch
-    from sae_core.checkpoint import load_checkpoint, save_checkpoint
+    from sae_core.checkpoint import save_checkpoint
     from sae_core.disk import append_jsonl
-    from sae_core.sae import SAE
-    from sae_core.state import TrainState
     from sae_core.train import train
 
     config = training_config(settings, stored.n_tokens)
-    found = load_checkpoint(run.checkpoints, config, settings.model.device)
-    if found:
-        sae, state = found
-    else:
-        generator = torch.Generator().manual_seed(config.seed)
-        sae = SAE(settings.sae_config(stored.d_in), generator=generator)
-        sae, state = sae.to(settings.model.device), TrainState()
+    sae, state = start_or_resume(settings, run, stored.d_in, config)
     truncate_metrics(run.metrics_file, state.step)
-    stream = prefetch(
-        batches(stored, config.batch_size, seed=config.seed, start_step=state.step), 2
-    )
+    stream = batches(stored, config.batch_size, seed=config.seed, start_step=state.step)
     shown = Progress("train", config.steps, "steps", initial=state.step, enabled=not quiet)
     saved = state.step
-    with shown, metric_log(settings, run) as send:
-        for record in train(sae, stream, config, state):
+    with stop.deferred(), shown, open_sink(settings.run.log, run.path) as send:
+        for record in train(sae, prefetch(stream, 2), config, state):
             append_jsonl(run.metrics_file, plain(asdict(record)))
             send(asdict(record))
             shown.update_to(record.step)
-            is_due = record.step // settings.run.checkpoint_every > saved // settings.run.checkpoint_every
-            if is_due or stop.signum is not None or record.step == config.steps:
+            every = settings.run.checkpoint_every
+            is_due = record.step // every > saved // every or record.step == config.steps
+            if is_due or stop.signum is not None:
                 save_checkpoint(run.checkpoints, sae, state, config)
                 saved = record.step
             stop.check()
-    return sae.eval(), state, config
+    return sae.eval(), state
+
+
+def start_or_resume(
+    settings: "TrainSettings", run: RunFolder, d_in: int, config: "TrainConfig"
+) -> tuple["SAE", "TrainState"]:
+    """The SAE and state of the last checkpoint, or fresh ones."""
+    import torch
+
+    from sae_core.checkpoint import load_checkpoint
+    from sae_core.sae import SAE
+    from sae_core.state import TrainState
+
+    found = load_checkpoint(run.checkpoints, config, settings.model.device)
+    if found:
+        LOG.info("Continuing %s at step %d of %d.", run.path, found[1].step, config.steps)
+        return found
+    generator = torch.Generator().manual_seed(config.seed)
+    sae = SAE(settings.sae_config(d_in), generator=generator)
+    return sae.to(settings.model.device), TrainState()

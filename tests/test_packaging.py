@@ -8,10 +8,12 @@ import sysconfig
 import tomllib
 import zipfile
 from email.parser import Parser
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from sae_core.errors import MissingExtraError
@@ -212,6 +214,28 @@ def test_every_dependency_that_make_installs_is_pinned_inside_its_range():
         assert requirement.specifier.contains(version), f"{requirement} but {version}"
     assert not [version for version in pinned.values() if "+" in version], "a local build"
     assert not set(pinned) & {"faiss-gpu", "triton", "sae-apps"}
+
+
+def refuses(requires_python: str | None, version: str) -> bool:
+    return requires_python is not None and version not in SpecifierSet(requires_python)
+
+
+def test_the_pinned_versions_install_on_the_oldest_python_that_is_promised():
+    oldest = PROJECT["project"]["requires-python"].removeprefix(">=") + ".0"
+    pinned = pins()
+    read = {}
+    for distribution in distributions():
+        name = canonicalize_name(distribution.name)
+        if pinned.get(name) == distribution.version.partition("+")[0]:
+            read[name] = distribution.metadata.get("Requires-Python")
+    assert len(read) > len(pinned) / 2, "control: the pinned versions are those installed here"
+    assert [name for name, bounds in read.items() if refuses(bounds, oldest)] == []
+
+
+def test_a_python_that_is_too_old_for_a_package_is_found():
+    assert refuses(">=3.11.5", "3.11.0")
+    assert not refuses(">=3.9", "3.11.0")
+    assert not refuses(None, "3.11.0")
 
 
 # ---- the Makefile ----

@@ -54,8 +54,8 @@ def finite(value: Any) -> float | None:
 
 
 def show(value: Any) -> Any:
-    """What a template prints: a dash for None and NaN, Markup as it is, cleaned text for the rest."""
-    if value is None or (isinstance(value, Real) and finite(value) is None):
+    """What a template prints: a dash for None and NaN, Markup as it is, cleaned text otherwise."""
+    if value is None or (isinstance(value, Real) and not math.isfinite(value)):
         return DASH
     return value if hasattr(value, "__html__") else clean(value)
 

@@ -88,11 +88,11 @@ def _headline(values: Mapping[str, Any]) -> list[Fact]:
 
 
 def _setting(values: Mapping[str, Any]) -> list[Fact]:
-    kind = values.get("kind")
+    kind = _text(values, "kind")
     facts = [
         Fact("Model", _text(values, "model_id"), "The language model whose activations are read."),
         Fact("Hook point", _text(values, "hook_point"), "Where in the model they are read."),
-        Fact("Kind", KINDS.get(str(kind), str(kind)) if kind else DASH, _kind_note(kind)),
+        Fact("Kind", KINDS.get(kind, kind), _kind_note(kind)),
         Fact(
             "Dictionary size (d_sae)",
             number(values.get("d_sae")),
@@ -125,7 +125,7 @@ def _setting(values: Mapping[str, Any]) -> list[Fact]:
     return facts
 
 
-def _kind_note(kind: Any) -> str:
+def _kind_note(kind: str) -> str:
     if kind == "gba":
         return "Each group of latents holds its own firing rate by adapting its biases."
     return "How the SAE keeps its latents sparse."

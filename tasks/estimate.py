@@ -1,0 +1,271 @@
+"""``--dry-run``: what a command would cost, measured on this machine within a few seconds.
+
+Forward passes and training steps are timed as they are, on a few batches of the text and on random
+activations of the same shape. Nothing is written and nothing is downloaded: what is not in the
+cache is left out of the estimate, and the answer says so.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_core.errors import UserError
+
+from .common import size, token_count
+from .progress import duration
+from .runs import check_free
+
+if TYPE_CHECKING:
+    from sae_core.models import LanguageModel
+    from sae_core.text import TextRow, TextSource
+    from sae_core.tokens import HarvestConfig
+
+    from .settings import ModelOptions, TextOptions, TrainSettings
+
+PROBE_SECONDS = 3.0
+MIN_BATCHES, MAX_BATCHES = 2, 8
+PROBE_ROWS = 512
+TRAIN_STEPS = 4
+BYTES_A_TOKEN = 12  # row id and position beside each activation vector
+BASE_BYTES = 500 * 2**20  # the interpreter with torch and transformers loaded
+ADAM_COPIES = 4  # parameter, gradient and two moments
+CHECKPOINTS = 2  # kept on disk, each with the parameter and two moments
+# Largest arrays of [batch, d_sae] alive at once in a training step, in units of float32.
+DENSE_COPIES = 3
+
+
+def is_model_cached(name: str) -> bool:
+    """Whether the model can be loaded without a download or a conversion."""
+    from sae_core.download import cache_dir
+    from sae_core.models import EMBEDDED
+
+    if name in EMBEDDED:
+        return any((cache_dir() / "models").glob(f"{name}-*/converted.json"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return True
+    if path.is_file():
+        return any((cache_dir() / "models").glob(f"{path.stem}-*/converted.json"))
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no valid hub id: loading it says so in a sentence
+        return True
+
+
+def is_text_cached(source: str) -> bool:
+    """Whether the text is a local file, or the demo text that was built before."""
+    from sae_core.download import cache_dir
+
+    if source == "demo":
+        return any((cache_dir() / "text").glob("demo-*.parquet"))
+    return Path(source).expanduser().exists()
+
+
+def open_cached(
+    model: "ModelOptions", text: "TextOptions", accept_terms: bool
+) -> tuple["LanguageModel | None", "TextSource | None", list[str]]:
+    """The model and the text where they are at hand, and what is left out because they are not.
+
+    Raises:
+        UserError: a local file or an embedded name that cannot be used.
+    """
+    from .settings import open_model, open_source
+
+    notes = []
+    lm = source = None
+    if is_text_cached(text.source) or _is_local_path(text.source):
+        source = open_source(text)
+    else:
+        notes.append(f"the text {text.source} is not on this machine yet")
+    if is_model_cached(model.name) or _is_local_path(model.name):
+        lm = open_model(model, accept_terms=accept_terms)
+    else:
+        notes.append(f"the model {model.name} is not on this machine yet")
+    return lm, source, notes
+
+
+def _is_local_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.endswith((".gguf", ".jsonl", ".txt", ".csv"))
+
+
+def forward_rate(
+    lm: "LanguageModel", rows: "list[TextRow]", hook_point: str, config: "HarvestConfig"
+) -> tuple[float, int]:
+    """Kept tokens a second of the forward pass up to the hook point, and d_in there."""
+    from sae_core.activations import stream_activations
+
+    stream = stream_activations(lm, rows, [hook_point], config)
+    first = next(stream, None)  # pays for the library's set-up, not timed
+    if first is None:
+        raise UserError(f"Expected text with tokens, got none in {len(rows)} rows.")
+    n_tokens = n_batches = 0
+    start = time.monotonic()
+    while n_batches < MAX_BATCHES:
+        batch = next(stream, None)
+        if batch is None:
+            break
+        n_tokens, n_batches = n_tokens + len(batch[hook_point]), n_batches + 1
+        if n_batches >= MIN_BATCHES and time.monotonic() - start > PROBE_SECONDS:
+            break
+    if not n_tokens:  # the whole text is one batch: time it again
+        start = time.monotonic()
+        again = stream_activations(lm, rows, [hook_point], config)
+        n_tokens = sum(len(batch[hook_point]) for batch in again)
+    return n_tokens / (time.monotonic() - start), first[hook_point].d_in
+
+
+def step_seconds(settings: "TrainSettings", d_in: int) -> float:
+    """Seconds of one training step, on random activations of the run's shape."""
+    import torch
+
+    from sae_core.sae import SAE
+    from sae_core.train import train
+
+    batch_size = settings.train.batch_size
+    generator = torch.Generator().manual_seed(0)
+    config = replace(
+        settings.train,
+        steps=TRAIN_STEPS,
+        init_tokens=min(settings.train.init_tokens, 2 * batch_size),
+        log_every=1,
+        gba=replace(settings.train.gba, calibrate_tokens=0),
+    )
+
+    def stream() -> Iterator[torch.Tensor]:
+        while True:
+            yield torch.randn(batch_size, d_in, generator=generator)
+
+    sae = SAE(settings.sae_config(d_in), generator=generator).to(settings.model.device)
+    records = train(sae, stream(), config)
+    next(records)
+    start = time.monotonic()
+    steps = sum(1 for _ in records)
+    return (time.monotonic() - start) / steps
+
+
+def estimate_training(settings: "TrainSettings", *, accept_terms: bool = False) -> dict[str, Any]:
+    """Tokens, disk, memory and time of a training run; what cannot be known is None.
+
+    Raises:
+        UserError: input that the run itself would refuse.
+    """
+    from sae_core.hooks import resolve_hook_point
+    from sae_core.text import split_rows
+    from sae_core.tokens import count_tokens
+
+    from .train import training_config
+
+    if settings.run.out:
+        check_free(Path(settings.run.out), settings.identity())
+    lm, source, notes = open_cached(settings.model, settings.text, accept_terms)
+    report: dict[str, Any] = {"missing": notes, "stored_tokens": settings.max_tokens}
+    if lm:
+        report["hook_point"] = settings.hook_point(lm)
+        resolve_hook_point(lm.model, report["hook_point"])
+    if lm and source:
+        rows = split_rows(source, settings.text.held_out_frac, settings.run.seed)[0]
+        asked = settings.max_tokens
+        available = count_tokens(lm.tokenizer, rows, settings.harvest, asked)
+        if asked and available < asked:
+            raise UserError(
+                f"--tokens asked for {asked} tokens, the training rows of {source.id} hold only "
+                f"{available}."
+            )
+        report["stored_tokens"] = available
+        probe = list(islice(rows, PROBE_ROWS))
+        rate, d_in = forward_rate(lm, probe, report["hook_point"], settings.harvest)
+        report |= {"forward_tokens_per_second": rate, "d_in": d_in}
+        report["step_seconds"] = step_seconds(settings, d_in)
+    if report["stored_tokens"] and report.get("d_in"):
+        config = training_config(settings, report["stored_tokens"])
+        report |= {"steps": config.steps, "presented_tokens": config.steps * config.batch_size}
+        report["disk_bytes"] = disk_bytes(settings, report)
+        report["seconds"] = seconds(settings, report, lm)
+    if lm:
+        report["memory_bytes"] = memory_bytes(settings, lm, report.get("d_in") or lm.d_model)
+    return report
+
+
+def disk_bytes(settings: "TrainSettings", report: dict[str, Any]) -> dict[str, int]:
+    """Activations, checkpoints and the SAE in the run folder."""
+    itemsize = 4 if settings.store_dtype() == "float32" else 2
+    tokens = report["stored_tokens"] + token_count(settings.run.eval_tokens)
+    weights = sae_bytes(settings, report["d_in"])
+    parts = {
+        "activations": tokens * (report["d_in"] * itemsize + BYTES_A_TOKEN),
+        "checkpoints": CHECKPOINTS * 3 * weights,
+        "sae": weights,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def sae_bytes(settings: "TrainSettings", d_in: int) -> int:
+    config = settings.sae_config(d_in)
+    matrices = 1 if config.tied else 2
+    return 4 * (matrices * d_in * config.d_sae + 3 * config.d_sae + d_in)
+
+
+def memory_bytes(settings: "TrainSettings", lm: "LanguageModel", d_in: int) -> dict[str, int]:
+    """Model, SAE with its optimiser, one batch's dense arrays, and the rest of the process."""
+    config, train = settings.sae_config(d_in), settings.train
+    start = min(train.init_tokens * d_in * 8 + train.init_tokens * 512 * 8, 2**40)
+    batch = DENSE_COPIES * 4 * train.batch_size * config.d_sae
+    parts = {
+        "model": sum(p.numel() * p.element_size() for p in lm.model.parameters()),
+        "sae_and_optimiser": ADAM_COPIES * sae_bytes(settings, d_in),
+        "batch": max(batch, start),
+        "rest": BASE_BYTES,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def seconds(
+    settings: "TrainSettings", report: dict[str, Any], lm: "LanguageModel | None"
+) -> dict[str, float]:
+    """Harvest, training and evaluation at the measured rates."""
+    rate = report["forward_tokens_per_second"]
+    n_eval = token_count(settings.run.eval_tokens)
+    match = re.match(r"layers\.(\d+)\.", report["hook_point"])
+    # The loss needs whole forward passes, with and without the SAE: all layers, four times.
+    depth = lm.n_layers / (int(match[1]) + 1) if lm and match else 1.0
+    parts = {
+        "harvest": (report["stored_tokens"] + n_eval) / rate,
+        "train": report["steps"] * report["step_seconds"],
+        "evaluate": token_count(settings.run.loss_tokens) * (4 * depth + 1) / rate
+        + n_eval / settings.train.batch_size * report["step_seconds"],
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def estimate_text(report: dict[str, Any]) -> str:
+    """The estimate as lines for people."""
+    lines = []
+    if report["stored_tokens"]:
+        lines.append(f"tokens  {report['stored_tokens']:,} of text")
+        if "steps" in report:
+            lines[-1] += (
+                f", {report['presented_tokens']:,} shown to the SAE in {report['steps']:,} steps"
+            )
+    for name, label in (("disk_bytes", "disk"), ("memory_bytes", "memory")):
+        if name in report:
+            lines.append(f"{label:<7} {_parts(report[name], size)}")
+    if "seconds" in report:
+        lines.append(f"time    {_parts(report['seconds'], duration)}")
+        lines.append(
+            f"measured here: {report['forward_tokens_per_second']:,.0f} tokens/s through the model "
+            f"on a few batches of the text, {report['step_seconds']:.3f} s a training step on "
+            "random activations; memory and disk are computed from the shapes"
+        )
+    lines += [f"not estimated: {note}" for note in report["missing"]]
+    return "\n".join([*lines, "nothing was written"])
+
+
+def _parts(parts: dict[str, Any], show: Callable[[float], str]) -> str:
+    named = [f"{name.replace('_', ' ')} {show(n)}" for name, n in parts.items() if name != "total"]
+    return f"{show(parts['total'])} ({', '.join(named)})"
