@@ -138,14 +138,26 @@ def _check_target(dtype: torch.dtype, device: str) -> None:
 
 
 def _from_pretrained(source: str, dtype: torch.dtype, is_local: bool) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+    )
 
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": is_local}
     AutoConfig.from_pretrained(source, **common)  # refuses remote code before a weight is fetched
-    tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    except ValueError as error:
+        if "TokenizersBackend" not in str(error):
+            raise
+        # transformers 5 saves this class name; for transformers 4 the same file is this class.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **common)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
     )
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
         raise UserError(
             f"The weights of {source} do not fill a {type(model).__name__}: {len(missing)} tensors "

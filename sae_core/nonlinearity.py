@@ -37,10 +37,17 @@ def batch_topk(pre: Float[Tensor, "n d_sae"], k: int) -> Codes:
     """The n*k largest pre-activations of the batch, of those the positive ones."""
     if not 1 <= k <= pre.shape[1]:
         raise UserError(f"k must lie between 1 and d_sae={pre.shape[1]}, got {k}.")
-    # a token's share of the batch's n*k can exceed k, seldom 8k: the per-token topk bounds the sort
-    per_token = pre.topk(min(8 * k, pre.shape[1]), dim=-1, sorted=False).values.flatten()
-    kept = per_token.topk(min(k * pre.shape[0], per_token.shape[0]), sorted=False).values
-    return codes_where(pre >= kept.min().clamp_min(torch.finfo(pre.dtype).tiny), pre)
+    wanted = k * pre.shape[0]
+    flat = pre.flatten()
+    # a strided sample guesses a bound that about 1.5 times as many exceed; ranking only those is
+    # exact where enough do, and several times cheaper than ranking all n * d_sae
+    sample = flat[::37]
+    rank = max(1, sample.shape[0] - int(1.5 * wanted * sample.shape[0] / flat.shape[0]))
+    candidates = flat[flat > sample.kthvalue(rank).values]
+    if candidates.shape[0] < wanted:
+        candidates = flat
+    smallest = candidates.kthvalue(candidates.shape[0] - wanted + 1).values
+    return codes_where(pre >= smallest.clamp_min(torch.finfo(pre.dtype).tiny), pre)
 
 
 class _Jump(torch.autograd.Function):

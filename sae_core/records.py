@@ -10,8 +10,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from sae_core.errors import CorruptFileError, UserError
 
@@ -33,7 +34,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix == ".parquet":
         return _parquet(path)
-    readers: dict[str, Callable[[IO[bytes], str], Iterator[tuple[str, Record]]]] = {
+    readers: dict[str, Callable[[BufferedIOBase, str], Iterator[tuple[str, Record]]]] = {
         ".jsonl": _json_lines,
         ".json": _json,
         ".csv": lambda handle, name: _table(handle, name, ","),
@@ -49,11 +50,11 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _opened(
-    path: Path, reader: Callable[[IO[bytes], str], Iterator[tuple[str, Record]]]
+    path: Path, reader: Callable[[BufferedIOBase, str], Iterator[tuple[str, Record]]]
 ) -> Iterator[tuple[str, Record]]:
     zipped = path.name.lower().endswith(".gz")
     try:
-        with cast(IO[bytes], gzip.open(path, "rb") if zipped else open(path, "rb")) as handle:
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as handle:
             yield from reader(handle, path.name)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorruptFileError(f"{path} is a damaged gzip file: {error}.") from error
@@ -66,7 +67,7 @@ def _undecodable(name: str, line: int, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{name} line {line}: expected UTF-8 text, got the byte 0x{byte:02x}.")
 
 
-def _lines(handle: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+def _lines(handle: BufferedIOBase, name: str) -> Iterator[tuple[int, str]]:
     for number, raw in enumerate(handle, start=1):
         try:
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -74,7 +75,7 @@ def _lines(handle: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
             raise _undecodable(name, number, error) from error
 
 
-def _plain(handle: IO[bytes], name: str) -> Iterator[tuple[str, Record]]:
+def _plain(handle: BufferedIOBase, name: str) -> Iterator[tuple[str, Record]]:
     for number, line in _lines(handle, name):
         if line := line.rstrip("\r\n"):
             if line.isspace():
@@ -88,7 +89,7 @@ def _as_record(value: Any, place: str) -> tuple[str, Record]:
     return place, value
 
 
-def _json_lines(handle: IO[bytes], name: str) -> Iterator[tuple[str, Record]]:
+def _json_lines(handle: BufferedIOBase, name: str) -> Iterator[tuple[str, Record]]:
     for number, line in _lines(handle, name):
         if not line.strip():
             continue
@@ -102,7 +103,7 @@ def _json_lines(handle: IO[bytes], name: str) -> Iterator[tuple[str, Record]]:
         yield _as_record(value, place)
 
 
-def _json(handle: IO[bytes], name: str) -> Iterator[tuple[str, Record]]:
+def _json(handle: BufferedIOBase, name: str) -> Iterator[tuple[str, Record]]:
     """An array of objects where the file starts with ``[``, else JSON lines."""
     head = handle.read(_CHUNK)
     handle.seek(0)
@@ -112,7 +113,7 @@ def _json(handle: IO[bytes], name: str) -> Iterator[tuple[str, Record]]:
         yield from _json_lines(handle, name)
 
 
-def _json_array(handle: IO[bytes], name: str) -> Iterator[tuple[str, Record]]:
+def _json_array(handle: BufferedIOBase, name: str) -> Iterator[tuple[str, Record]]:
     """Objects of one JSON array, decoded one after the other from a buffer that slides along."""
     chunks = _decoded_chunks(handle, name)
     buffer = next(chunks)
@@ -168,7 +169,7 @@ def _may_be_cut(error: Exception, length: int) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos >= length - _TAIL
 
 
-def _decoded_chunks(handle: IO[bytes], name: str) -> Iterator[str]:
+def _decoded_chunks(handle: BufferedIOBase, name: str) -> Iterator[str]:
     """The pieces of a UTF-8 file as text, none of them empty."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
@@ -188,7 +189,7 @@ def _decoded_chunks(handle: IO[bytes], name: str) -> Iterator[str]:
         raise _undecodable(name, line, error) from error
 
 
-def _table(handle: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[str, Record]]:
+def _table(handle: BufferedIOBase, name: str, delimiter: str) -> Iterator[tuple[str, Record]]:
     """Rows of a table with a header line; the place is the line on which the row ends."""
     if csv.field_size_limit() < _MAX_FIELD:
         csv.field_size_limit(_MAX_FIELD)  # the csv module has one limit for the process

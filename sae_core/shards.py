@@ -26,7 +26,7 @@ from sae_core.models import LanguageModel
 from sae_core.shard_file import DTYPES, check_digest, check_size, map_shard
 from sae_core.shard_folder import MANIFEST, Journal, read_manifest
 from sae_core.text import TextRow
-from sae_core.tokens import Cursor, HarvestConfig, count_tokens, too_few_tokens
+from sae_core.tokens import START, Cursor, HarvestConfig, count_tokens, too_few_tokens
 
 
 def harvest_shards(
@@ -105,10 +105,8 @@ def _write_all(
     ahead: int,
     progress: Callable[[int], None],
 ) -> None:
-    settings = journal.settings
     done = sum(shard.tokens for shard in journal.shards)
-    end = journal.shards[-1] if journal.shards else None
-    start = Cursor(end.rows, end.chunks) if end else Cursor()
+    last = journal.shards[-1] if journal.shards else None
     left = None if config.max_tokens is None else config.max_tokens - done
     if left != 0:
         batches = harvest_batches(
@@ -116,21 +114,28 @@ def _write_all(
             rows,
             names,
             replace(config, max_tokens=left),
-            start=start,
+            start=Cursor(last.rows, last.chunks) if last else START,
             prefetch=ahead,
-            dtype=DTYPES[settings["dtype"]],
+            dtype=DTYPES[journal.settings["dtype"]],
         )
-        if not journal.shards and config.max_tokens is not None:
-            # Known before the first forward pass, not after hours of them.
-            available = count_tokens(lm.tokenizer, rows, config, config.max_tokens)
-            if available < config.max_tokens:
-                raise too_few_tokens(config.max_tokens, available)
+        if last is None:
+            _check_enough(lm, rows, config, journal.settings["data_id"])
         journal.start()
         with closing(batches):
             _write_shards(batches, names, journal, done, progress)
-    if not journal.shards:
-        raise UserError(f"The text {settings['data_id']!r} has no token to keep.")
     journal.finish()
+
+
+def _check_enough(
+    lm: LanguageModel, rows: Iterable[TextRow], config: HarvestConfig, data_id: str
+) -> None:
+    """Too little text is known before the first forward pass, not after hours of them."""
+    wanted = config.max_tokens or 1
+    available = count_tokens(lm.tokenizer, rows, config, wanted)
+    if not available:
+        raise UserError(f"The text {data_id!r} has no token to keep.")
+    if available < wanted:
+        raise too_few_tokens(wanted, available)
 
 
 def _write_shards(

@@ -37,16 +37,16 @@ def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> Tra
         state.group = gba.assign_groups(sae.d_sae, config.gba.n_groups).to(u.device)
         state.taf = gba.target_frequencies(htf, ltf, config.gba.n_groups).to(u.device)
         if config.gba.start == "quantile":
-            sae.b_enc.copy_(-_thresholds(sae, u, state.taf[state.group]).clamp(0, 1))
+            sae.b_enc.copy_(-data_thresholds(sae, u, state.taf[state.group]).clamp(0, 1))
     elif sae.config.kind == "jumprelu" and target is not None:
         freq = torch.full((sae.d_sae,), min(0.5, target / sae.d_sae), dtype=torch.float64)
-        sae.threshold.copy_(_thresholds(sae, u, freq.to(u.device)).clamp_min(0))
+        sae.threshold.copy_(data_thresholds(sae, u, freq.to(u.device)).clamp_min(0))
     state.optimizer = make_optimizer(sae, config)
     return state
 
 
 @torch.no_grad()
-def _thresholds(sae: SAE, u: Tensor, freq: Tensor, chunk: int = 512) -> Tensor:
+def data_thresholds(sae: SAE, u: Tensor, freq: Tensor, chunk: int = 512) -> Tensor:
     """Data thresholds at the wanted frequencies, `chunk` latents at a time to bound memory."""
     centred = u - sae.b_dec
     return torch.cat([
@@ -59,5 +59,5 @@ def _thresholds(sae: SAE, u: Tensor, freq: Tensor, chunk: int = 512) -> Tensor:
 def calibrate(sae: SAE, x: Float[Tensor, "n d_in"], state: TrainState) -> None:
     """Lower each bias to the ceiling measured on x with frozen weights (never raise one)."""
     u, _ = sae.normalise(x)
-    ceiling = _thresholds(sae, u, state.taf[state.group])
+    ceiling = data_thresholds(sae, u, state.taf[state.group])
     sae.b_enc.copy_(torch.minimum(sae.b_enc, -ceiling.clamp(0, 1)))

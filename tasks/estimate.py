@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sae_core.text import TextRow, TextSource
     from sae_core.tokens import HarvestConfig
 
+    from .featurize import FeaturizeOptions, FinishedRun
     from .settings import ModelOptions, TextOptions, TrainSettings
 
 PROBE_SECONDS = 3.0
@@ -192,6 +193,39 @@ def estimate_training(settings: "TrainSettings", *, accept_terms: bool = False) 
     return report
 
 
+def estimate_features(
+    run: "FinishedRun", source: "TextSource", options: "FeaturizeOptions"
+) -> dict[str, Any]:
+    """Tokens and time of featurizing a text; the disk depends on how many latents fire.
+
+    Raises:
+        UserError: input that the command itself would refuse.
+    """
+    from sae_core.tokens import count_tokens
+
+    from .settings import open_model
+
+    model = replace(run.settings.model, name=options.model or run.settings.model.name)
+    report: dict[str, Any] = {"missing": [], "stored_tokens": None}
+    if not is_model_cached(model.name):
+        report["missing"].append(f"the model {model.name} is not on this machine yet")
+        return report
+    lm = open_model(model)
+    tokens = count_tokens(lm.tokenizer, source, run.settings.harvest)
+    probe = list(islice(source, PROBE_ROWS))
+    rate, d_in = forward_rate(lm, probe, run.hook_point, run.settings.harvest)
+    if d_in != run.sae.d_in:
+        raise UserError(
+            f"The SAE reads activations of width {run.sae.d_in}, "
+            f"but {run.hook_point} of {model.name} has {d_in}."
+        )
+    return report | {
+        "stored_tokens": tokens,
+        "forward_tokens_per_second": rate,
+        "seconds": {"featurize": tokens / rate, "total": tokens / rate},
+    }
+
+
 def disk_bytes(settings: "TrainSettings", report: dict[str, Any]) -> dict[str, int]:
     """Activations, checkpoints and the SAE in the run folder."""
     itemsize = 4 if settings.store_dtype() == "float32" else 2
@@ -259,9 +293,13 @@ def estimate_text(report: dict[str, Any]) -> str:
         lines.append(f"time    {_parts(report['seconds'], duration)}")
         lines.append(
             f"measured here: {report['forward_tokens_per_second']:,.0f} tokens/s through the model "
-            f"on a few batches of the text, {report['step_seconds']:.3f} s a training step on "
-            "random activations; memory and disk are computed from the shapes"
+            "on a few batches of the text"
         )
+        if "step_seconds" in report:
+            lines[-1] += (
+                f", {report['step_seconds']:.3f} s a training step on random activations; memory "
+                "and disk are computed from the shapes"
+            )
     lines += [f"not estimated: {note}" for note in report["missing"]]
     return "\n".join([*lines, "nothing was written"])
 

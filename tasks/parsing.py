@@ -52,6 +52,7 @@ class CommandParser(ArgumentParser):
         )
         self._example, self._short = example, dict(short or {})
         self._groups: list[str] = []
+        self._switches: set[str] = set()  # boolean keys: --stored is short for --stored true
         if has_settings:
             self.add_argument(
                 "--config",
@@ -73,6 +74,9 @@ class CommandParser(ArgumentParser):
     def add_options(self, cls: type, key: str | None = None, skip: set[str] | None = None) -> None:
         """Add the fields of a dataclass, under ``key.`` where one is given."""
         self.add_class_arguments(cls, key, skip=skip or set())
+        prefix = f"{key}." if key else ""
+        hints = get_type_hints(cls)
+        self._switches |= {f"{prefix}{f.name}" for f in fields(cls) if hints[f.name] is bool}
         if key is not None:
             self._groups.append(key)
 
@@ -93,6 +97,10 @@ class CommandParser(ArgumentParser):
         UserError: anything that cannot be understood, in one sentence.
         """
         args = [self._long(arg) for arg in argv]
+        for number, arg in enumerate(args):
+            following = args[number + 1] if number + 1 < len(args) else "--"
+            if arg.removeprefix("--") in self._switches and following.startswith("--"):
+                args[number] = f"{arg}=true"
         for before, arg in zip(["", *args], args, strict=False):
             if before == "--config" or arg.startswith("--config="):
                 self._check_file(Path(arg.removeprefix("--config=")))
@@ -110,10 +118,10 @@ class CommandParser(ArgumentParser):
         text = super().format_help()
         # The flags that load one group from a file would hide the short forms of the same name.
         text = re.sub(r"^  --\w+ CONFIG +Path to a configuration file\.\n", "", text, flags=re.M)
-        text = text.replace("--dry_run", "--dry-run")
+        text = re.sub(r"^  --[a-z_]+", lambda m: m[0].replace("_", "-"), text, flags=re.M)
         for short, key in self._short.items():
             text = re.sub(
-                rf"^  --{re.escape(key)} (\S+) *\n? *",
+                rf"^  --{re.escape(key)} (\S.*?)(?:\n| {{2,}}) *",
                 f"  --{short.replace('_', '-')}, --{key} \\1\n" + " " * HELP_COLUMN,
                 text,
                 flags=re.M,

@@ -61,7 +61,7 @@ class Progress:
         self._enabled, self._clock = enabled, clock
         self._stream = sys.stderr if stream is None else stream
         self._start = self._last_line = clock()
-        self._shown = False
+        self._shown, self._shown_done = False, -1
         self._bar: tqdm | None = None
         if enabled and self._stream.isatty():
             self._bar = tqdm(
@@ -110,14 +110,14 @@ class Progress:
         if self._total is not None and rate > 0 and self._done < self._total:
             text += f", {duration((self._total - self._done) / rate)} left"
         print(text, file=self._stream, flush=True)
-        self._last_line, self._shown = now, True
+        self._last_line, self._shown, self._shown_done = now, True, self._done
 
     def close(self) -> None:
         """End the display; a stage that was shown ends with its totals."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        elif self._shown and self._last_line < self._clock():
+        elif self._shown and self._done != self._shown_done:
             self._line(self._clock())
         self._enabled = False
 

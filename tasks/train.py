@@ -6,7 +6,7 @@ on how often and where the run was stopped.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,7 @@ def build_parser() -> CommandParser:
     from sae_core.state import TrainConfig
     from sae_core.tokens import HarvestConfig
 
+    from .recipes import GBA_PRESETS
     from .settings import ModelOptions, RunOptions, TextOptions
 
     parser = CommandParser(
@@ -72,7 +73,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--preset",
-        choices=list(presets()),
+        choices=list(GBA_PRESETS),
         help="Defaults for --train.gba.*: a published setting (default: this program's own).",
     )
     parser.add_argument(
@@ -90,21 +91,8 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def presets() -> dict[str, Callable[[], Any]]:
-    from sae_core import gba
-
-    return {
-        "paper_main": gba.paper_main,
-        "paper_recommended": gba.paper_recommended,
-        "ba": gba.ba,
-    }
-
-
 def main(argv: Sequence[str]) -> int:
-    parser = build_parser()
-    parser.use_preset(argv, "--preset", {n: asdict(f()) for n, f in presets().items()}, "train.gba")
-    options = parser.parse(argv)
-    settings = settings_from(options)
+    settings, options = parse(argv)
 
     def work(stop: StopSignal) -> tuple[Any, str]:
         if options.dry_run:
@@ -118,14 +106,19 @@ def main(argv: Sequence[str]) -> int:
     return run_command(work, as_json=options.json, verbose=options.verbose, quiet=options.quiet)
 
 
-def settings_from(options: Any) -> "TrainSettings":
-    """The parsed flags as settings."""
+def parse(argv: Sequence[str]) -> tuple["TrainSettings", Any]:
+    """The flags as settings, and the flags themselves."""
     from sae_core.state import TrainConfig
     from sae_core.tokens import HarvestConfig
 
+    from .recipes import GBA_PRESETS
     from .settings import ModelOptions, RunOptions, TextOptions, TrainSettings
 
-    return TrainSettings(
+    parser = build_parser()
+    made = {name: asdict(preset()) for name, preset in GBA_PRESETS.items()}
+    parser.use_preset(argv, "--preset", made, "train.gba")
+    options = parser.parse(argv)
+    settings = TrainSettings(
         model=take(ModelOptions, options.model),
         text=take(TextOptions, options.text),
         run=take(RunOptions, options),
@@ -133,6 +126,7 @@ def settings_from(options: Any) -> "TrainSettings":
         sae=options.sae.as_dict(),
         train=take(TrainConfig, options.train),
     )
+    return settings, options
 
 
 @dataclass(frozen=True)

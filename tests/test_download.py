@@ -92,7 +92,9 @@ def test_pip_really_delivers_a_wheel(
 
 @pytest.mark.usefixtures("pip_calls")
 def test_another_sha256_is_refused_and_nothing_stays(tmp_path: Path, wheel: Path) -> None:
-    with pytest.raises(CorruptFileError, match=f"some-texts==1.0.*{'0' * 64}.*{sha256_file(wheel)}"):
+    with pytest.raises(
+        CorruptFileError, match=f"some-texts==1.0.*{'0' * 64}.*{sha256_file(wheel)}"
+    ):
         fetch_wheel("some-texts", "1.0", "0" * 64, tmp_path / "dest")
     assert os.listdir(tmp_path / "dest") == []
 
@@ -101,7 +103,10 @@ def test_another_sha256_is_refused_and_nothing_stays(tmp_path: Path, wheel: Path
     ("stderr", "sentence"),
     [
         ("python: No module named pip", "needs pip, but .* has none"),
-        ("WARNING: x\nERROR: No matching distribution found for a==1\n", "No matching distribution"),
+        (
+            "WARNING: x\nERROR: No matching distribution found for a==1\n",
+            "No matching distribution",
+        ),
         ("ERROR: Could not install: [Errno 28] No space left on device", "is full"),
         ("", "Could not download a==1 with pip"),
     ],

@@ -658,7 +658,9 @@ def test_card_shows_its_numbers_and_folds_after_three_texts() -> None:
     assert ("summary", "2 more texts") in page.texts
     assert len(page.of_class("passage")) == 5 and len(page.of_class("chip")) == 5
     assert [i["style"] for i in page.find("i")] == ["width:75.0%", "width:25.0%"]
-    assert "fires on 12.0% of tokens" in page.text
+    assert "fires on 12.0% of tokens largest activation 4.00" in page.text
+    asked = body_page(latents_section([card(12, taf=0.125)]))
+    assert "fires on 12.0% of tokens asked for at most 12.5% largest" in asked.text
     few = body_page(latents_section([card(12, n_texts=3)]))
     assert not few.find("details")
     rows = {key: value for key, value in card(12).items() if key != "freq"} | {"freq_rows": 0.5}
@@ -681,6 +683,10 @@ def test_long_texts_are_cut_around_the_strongest_token() -> None:
     shown = [int(i) for i in re.findall(r"\bt(\d+)", page.text)]
     assert shown == list(range(peak - TOKENS_BEFORE, peak + TOKENS_AFTER + 1))
     assert len(page.of_class("cut")) == 2
+    for start, n_tokens, n_cuts in ((0, 1, 0), (0, 2, 1), (4, 5, 1), (4, 9, 2)):
+        part = text(["a"], [1.0], start=start, n_tokens=n_tokens)
+        page = body_page(latents_section([card(1, texts=[part])]))
+        assert len(page.of_class("cut")) == n_cuts
 
 
 def test_latents_degrade_without_a_script() -> None:

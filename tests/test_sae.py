@@ -133,3 +133,11 @@ def test_an_unknown_config_key_is_refused(tmp_path):
         (tmp / "sae.safetensors").write_bytes((tmp_path / "sae" / "sae.safetensors").read_bytes())
     with pytest.raises(CorruptFileError, match="colour"):
         load_sae(tmp_path / "new")
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, 40])
+def test_batch_topk_keeps_exactly_the_largest_of_the_batch(k):
+    pre = torch.randn(50, 40, generator=torch.Generator().manual_seed(k)).abs()
+    codes = nonlinearity.batch_topk(pre, k)
+    expected = pre.flatten().sort(descending=True).values[: 50 * k]
+    assert torch.equal(codes.values.sort(descending=True).values, expected)

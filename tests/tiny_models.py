@@ -58,7 +58,7 @@ def _config(architecture: str) -> PretrainedConfig:
 
 
 def tiny_model(architecture: str, attention: str = "sdpa") -> torch.nn.Module:
-    """The same weights each time, whatever was drawn before, and no trace in the global generator."""
+    """The same weights each time; the global generator is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = _config(architecture)

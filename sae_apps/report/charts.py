@@ -180,17 +180,17 @@ def axes(x: Scale, y: Scale, x_label: str, y_label: str, height: float) -> Marku
 def svg(parts: Iterable[Markup], width: float, height: float, title: str, desc: str) -> Markup:
     """Wrap parts in a drawing that scales with the page and names itself to a screen reader."""
     return Markup(
-        '<svg class="chart" viewBox="0 0 {:g} {:g}">'
-        "<title>{}</title><desc>{}</desc>{}</svg>"
+        '<svg class="chart" viewBox="0 0 {:g} {:g}"><title>{}</title><desc>{}</desc>{}</svg>'
     ).format(width, height, clean(title), clean(desc), Markup("").join(parts))
 
 
 def _screen(series: Series, x: Scale, y: Scale) -> Iterable[tuple[float | None, float | None]]:
     for vx, vy in zip(series.x, series.y, strict=True):
         fx, fy = finite(vx), finite(vy)
-        drawable = fx is not None and fy is not None
-        drawable = drawable and (fx > 0 or not x.is_log) and (fy > 0 or not y.is_log)
-        yield (x(fx), y(fy)) if drawable else (None, None)
+        if fx is None or fy is None or (x.is_log and fx <= 0) or (y.is_log and fy <= 0):
+            yield None, None
+        else:
+            yield x(fx), y(fy)
 
 
 def _marks(

@@ -1,7 +1,6 @@
 """Cards of single latents: how often they fire, and the texts on which they fire most."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -14,21 +13,15 @@ N_OPEN_TEXTS = 3
 TOKENS_BEFORE, TOKENS_AFTER = 48, 32  # shown around the strongest token; more buries it
 
 
-@dataclass(frozen=True)
-class _Text:
-    row_id: str
-    label: str | None
-    peak: str
-    html: Markup
-
-
 def latents_section(cards: Sequence[Any], *, label: str = "domain") -> Section:
     """One card per latent, with a filter and an order that need no server and no script to read.
 
     Args:
         cards: LatentExemplars or mappings with latent (its number), max_act, texts (row_id, meta,
-            tokens, acts) and freq [fraction of tokens] or freq_rows [fraction of rows]; optionally
-            ``shares``, a mapping from domain to the share of the latent's activation.
+            tokens, acts; start and n_tokens where the text is a part of its row) and freq
+            [fraction of tokens] or freq_rows [fraction of rows]; optionally taf, the ceiling that
+            was asked for [fraction of tokens], and ``shares``, a mapping from domain to the share
+            of the latent's activation.
         label: the field of meta that is shown as a chip.
     Raises:
         UserError: a field is absent, or a text has not as many acts as tokens.
@@ -68,6 +61,7 @@ def _card(card: Any, label: str) -> dict[str, Any]:
         "latent": int(required(card, "latent")),
         "freq": freq,
         "unit": unit,
+        "taf": finite(lookup(card, "taf")),
         "max_act": finite(required(card, "max_act")),
         "shares": _shares(lookup(card, "shares")),
         "open": texts[:N_OPEN_TEXTS],
@@ -85,6 +79,7 @@ def _read_text(text: Any, label: str, max_act: Any) -> dict[str, Any]:
         )
     peak = max(range(len(acts)), key=acts.__getitem__, default=0)
     first, last = max(0, peak - TOKENS_BEFORE), min(len(tokens), peak + TOKENS_AFTER + 1)
+    start = lookup(text, "start", 0)
     top = finite(max_act) or max(acts, default=0.0)
     chip = (lookup(text, "meta") or {}).get(label)
     return {
@@ -92,8 +87,8 @@ def _read_text(text: Any, label: str, max_act: Any) -> dict[str, Any]:
         "chip": None if chip is None or chip == "" else chip,
         "peak": number(acts[peak]) if acts else None,
         "html": highlight(tokens[first:last], acts[first:last], top),
-        "is_cut_before": first > 0,
-        "is_cut_after": last < len(tokens),
+        "is_cut_before": start + first > 0,
+        "is_cut_after": start + last < lookup(text, "n_tokens", start + len(tokens)),
     }
 
 
