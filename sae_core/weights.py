@@ -159,6 +159,11 @@ def check_gguf(path: Path) -> None:
 
 
 def need_packages(*names: str) -> None:
+    """Refuse to go on where a package that decoding needs is not installed.
+
+    Raises:
+        MissingExtraError: names the absent packages.
+    """
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     if absent:
         raise MissingExtraError(

@@ -165,13 +165,12 @@ def _memory() -> dict[str, int | None]:
 
 
 def _cached(cache: Path) -> list[dict[str, Any]]:
-    """The folders and files directly in the cache's sub-folders, with their sizes."""
-    if not cache.is_dir():
-        return []
+    """The models and texts in the cache, with their sizes."""
     entries = []
-    for path in sorted(cache.glob("*")):
+    for path in sorted(cache.glob("*/*")):
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        entries.append({"name": path.name, "bytes": sum(p.stat().st_size for p in files)})
+        name = path.relative_to(cache).as_posix()
+        entries.append({"name": name, "bytes": sum(p.stat().st_size for p in files)})
     return entries
 
 

@@ -2,10 +2,11 @@
 
 import os
 
-# Before torch and transformers are imported, and inherited by every process a test starts.
+# Before torch and transformers are imported, and inherited by every process a test starts. One
+# thread: small matrices gain nothing from more, and a busy machine loses much by waiting for them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 from typing import TYPE_CHECKING

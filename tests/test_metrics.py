@@ -30,7 +30,9 @@ def random_case(seed: int, n: int = 60, offset: float = 0.0):
     x = rng.standard_normal((n, 5)).astype(np.float32) + np.float32(offset)
     x_hat = x + rng.standard_normal((n, 5)).astype(np.float32) * np.float32(0.5)
     acts = np.maximum(rng.standard_normal((n, 8)) - 1, 0).astype(np.float32)
-    acts[:, 3] = 0
+    acts[:, 3] = 0  # dead
+    acts[1:, 4] = 0
+    acts[0, 4] = 1  # alive by a single firing
     return tuple(torch.from_numpy(a) for a in (x, x_hat, acts))
 
 

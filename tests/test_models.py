@@ -204,19 +204,23 @@ def original_gguf(stories260k: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def mended_gguf(original_gguf: Path, tmp_path: Path) -> Path:
-    """The original with 0, the unknown token, for the two ids that are out of range."""
-    data = original_gguf.read_bytes()
+def with_token_id(gguf: Path, value: int, path: Path) -> Path:
+    """A copy that has ``value`` for the two token ids that are out of range in the original."""
+    data = gguf.read_bytes()
     for key in (b"seperator", b"padding"):
         name = b"tokenizer.ggml." + key + b"_token_id"
         uint32 = 4  # the type tag that stands before the value
         broken = name + struct.pack("<II", uint32, 0xFFFFFFFF)
         assert data.count(broken) == 1
-        data = data.replace(broken, name + struct.pack("<II", uint32, 0))
-    path = tmp_path / "mended.gguf"
+        data = data.replace(broken, name + struct.pack("<II", uint32, value))
     path.write_bytes(data)
     return path
+
+
+@pytest.fixture
+def mended_gguf(original_gguf: Path, tmp_path: Path) -> Path:
+    """The original with 0, the unknown token, for the broken ids."""
+    return with_token_id(original_gguf, 0, tmp_path / "mended.gguf")
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(original_gguf: Path, tmp_path: Path) -> None:
@@ -226,6 +230,9 @@ def test_token_ids_outside_the_vocabulary_are_refused(original_gguf: Path, tmp_p
     for part in ("stories260K.original.gguf", "padding_token_id = 4294967295", "size 512"):
         assert part in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+    weights.check_gguf(with_token_id(original_gguf, 511, tmp_path / "last.gguf"))
+    with pytest.raises(UserError, match="padding_token_id = 512"):
+        weights.check_gguf(with_token_id(original_gguf, 512, tmp_path / "behind.gguf"))
 
 
 @pytest.mark.usefixtures("no_network")

@@ -561,6 +561,9 @@ def test_overview_shows_the_facts() -> None:
     assert values["Dictionary size (d_sae)"] == "4,608"
     assert values["Wall time"] == "8 min 32 s"
     assert values["SAE hash"] == "f" * 64
+    assert "fired at least once in 40,960 held-out tokens" in page.text
+    windowed = body_page(overview_section(results(dead_window_tokens=5000)))
+    assert "fired in the last 5,000 tokens" in windowed.text
     assert "95.1%" in page.text and "40,960 held-out tokens" in page.text
 
 
@@ -621,8 +624,10 @@ def test_frequencies_say_honestly_how_many_are_above() -> None:
     assert "Here 7 of the 200 latents (3.5%) fire more often than 1.1 × their ceiling" in sentence
     assert "1 (0.50%) never fired" in sentence
     assert len(page.of_class("above")) == 2  # the group's mark and its row
-    calm = body_page(frequencies_section([group(0)]))
-    assert "none of the 100 latents fires more often" in " ".join(calm.text.split())
+    calm = body_page(frequencies_section([group(0)], n_tokens=4096))
+    sentence = " ".join(calm.text.split())
+    assert "none of the 100 latents fires more often" in sentence
+    assert "never fired, on the 4,096 tokens that were measured." in sentence
     assert not calm.of_class("above")
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,40 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new(tmp_path: Path) -
         assert done.returncode == -signal.SIGKILL
     assert seen == sorted(seen, key=["old", "new"].index)
     assert "old" in seen and len(seen) > 5 and seen[-1] == "new"
+
+
+def test_a_failed_write_after_a_kill_still_has_the_old_folder(tmp_path: Path) -> None:
+    write(tmp_path / "run", "old")
+    # as a writer leaves it that is killed between its two renames
+    aside = tmp_path / f".run.old-{dead_pid()}-{disk._host()}00000000"
+    (tmp_path / "run").rename(aside)
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "run", overwrite=True):
+        raise KeyError
+    assert os.listdir(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "a.txt").read_text() == "old"
+
+
+def test_what_is_being_deleted_is_never_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "run", "old")
+    monkeypatch.setattr(store.shutil, "rmtree", lambda path, **options: None)  # a kill, in effect
+    write(tmp_path / "run", "new", overwrite=True)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "run")  # the user deletes the result
+    with pytest.raises(UserError, match="got nothing"):
+        verify_folder(tmp_path / "run")
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="already holds files"),
+        atomic_folder(tmp_path / "run") as temp,
+    ):
+        (temp / "a.txt").write_text("slow")
+        write(tmp_path / "run", "fast")
+    assert (tmp_path / "run" / "a.txt").read_text() == "fast"
+    assert os.listdir(tmp_path) == ["run"]
 
 
 def test_a_live_writer_is_left_alone(tmp_path: Path) -> None:

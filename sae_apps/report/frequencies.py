@@ -33,12 +33,13 @@ class _Group:
         return self.n_above > 0
 
 
-def frequencies_section(groups: Sequence[Any]) -> Section:
+def frequencies_section(groups: Sequence[Any], *, n_tokens: int | None = None) -> Section:
     """A chart on log axes (ceiling, median to maximum, mean) and a table, one row per group.
 
     Args:
         groups: GroupFrequency or mappings with group, taf, mean_freq, median_freq, max_freq
             [fractions of tokens], n_latents, n_above (freq > 1.1 taf) and n_dead.
+        n_tokens: tokens on which the frequencies were measured, told to the reader.
     Raises:
         UserError: a group lacks one of these fields.
     """
@@ -55,6 +56,7 @@ def frequencies_section(groups: Sequence[Any]) -> Section:
         above_share=above / total if total else None,
         dead_share=dead / total if total else None,
         slack=SLACK,
+        n_tokens=n_tokens,
     )
     return Section("frequencies", "Firing frequencies", html)
 

@@ -64,8 +64,11 @@ def _headline(values: Mapping[str, Any]) -> list[Fact]:
     alive, dead = finite(values.get("alive_frac")), finite(values.get("dead_fraction"))
     if alive is None and dead is not None:
         alive = 1 - dead
-    window = values.get("dead_window_tokens")
-    when = "at least once" if window is None else f"in the last {number(window)} tokens"
+    when = "at least once"
+    if finite(values.get("dead_window_tokens")) is not None:
+        when = f"in the last {number(values['dead_window_tokens'])} tokens"
+    elif finite(values.get("n_eval_tokens")) is not None:
+        when = f"at least once in {number(values['n_eval_tokens'])} held-out tokens"
     recovered = "100%: the model predicts as well as with its own activations. 0%: as badly as "
     recovered += "with zeros."
     if finite(values.get("recovered_mean")) is not None:
