@@ -77,11 +77,8 @@ def _shuffled_indices(first: int, count: int, n: int, seed: int) -> NDArray[np.i
     while count:
         epoch, place = divmod(first, n)
         take = min(count, n - place)
-        keys = (
-            np.random.SeedSequence((seed, epoch))
-            .generate_state(_ROUNDS, np.uint64)
-            .astype(np.uint64)
-        )
+        state = np.random.SeedSequence((seed, epoch)).generate_state(_ROUNDS, np.uint64)
+        keys = state.astype(np.uint64)
         parts.append(permute(np.arange(place, place + take, dtype=np.uint64), n, keys))
         first, count = first + take, count - take
     return np.concatenate(parts).astype(np.int64)

@@ -25,6 +25,7 @@ from torch import Tensor
 from sae_core.errors import UserError
 from sae_core.firing import Firing
 
+MAX_SHARE = 4.0  # a burst of firing in one buffer moves a bias by at most 4 steps
 B_MIN, B_MAX = -1.0, 0.0  # the clamp of Algorithm 2; |w'u| <= 1 for unit vectors
 
 
@@ -44,9 +45,9 @@ class GBAConfig:
     """Step of the resurrection rule, as a share of the group's mean head-room."""
     eps: float = 1e-6
     """A latent that fires on a smaller share of the buffer is raised."""
-    floor_frac: float = 0.0
-    """Also raise a latent below this share of its target (0: published, ceiling only)."""
-    period: int = 10
+    rule: Literal["proportional", "published"] = "proportional"
+    """Steps in proportion to 1 - q/p in both directions, or the published one-sided rule."""
+    period: int = 1
     """Optimiser steps between controller updates."""
     start: Literal["quantile", "zero"] = "quantile"
     """Biases at the first step: the data's (1 - p_k) quantile, or 0 as published."""
@@ -73,17 +74,37 @@ class GBAConfig:
 
 def paper_main() -> GBAConfig:
     """The paper's main runs: K=10, 0.1 -> 0.001, biases from 0, an update every 50 steps."""
-    return GBAConfig(10, 0.1, 0.001, period=50, start="zero", centre="learned", calibrate_tokens=0)
+    return GBAConfig(
+        10,
+        0.1,
+        0.001,
+        rule="published",
+        period=50,
+        start="zero",
+        centre="learned",
+        calibrate_tokens=0,
+    )
 
 
 def paper_recommended() -> GBAConfig:
     """The paper's recommendation after its ablation: highest target frequency 0.5."""
-    return GBAConfig(10, 0.5, 0.001, period=50, start="zero", centre="learned", calibrate_tokens=0)
+    return GBAConfig(
+        10,
+        0.5,
+        0.001,
+        rule="published",
+        period=50,
+        start="zero",
+        centre="learned",
+        calibrate_tokens=0,
+    )
 
 
 def ba(taf: float = 0.01) -> GBAConfig:
     """Bias adaptation with one group, the paper's BA baseline."""
-    return GBAConfig(1, taf, taf, period=50, start="zero", centre="learned", calibrate_tokens=0)
+    return GBAConfig(
+        1, taf, taf, rule="published", period=50, start="zero", centre="learned", calibrate_tokens=0
+    )
 
 
 def target_frequencies(htf: float, ltf: float, n_groups: int) -> Float[Tensor, "n_groups"]:
@@ -139,10 +160,13 @@ def bias_update(
     n_live = torch.zeros_like(total).index_add_(0, group, (r > 0).to(b.dtype))
     rbar = total / n_live.clamp_min(1)  # a group in which nothing fired has rbar = 0
     ceiling = taf.to(freq.device)[group]
+    if config.rule == "proportional":
+        share = (1 - freq / ceiling).clamp(-MAX_SHARE, 1).to(b.dtype)
+        step = torch.where(share < 0, config.gamma_down * r, config.gamma_up * rbar[group])
+        return (b + share * step).clamp(B_MIN, B_MAX)
     down = (b - config.gamma_down * r).clamp_min(B_MIN)
     up = (b + config.gamma_up * rbar[group]).clamp_max(B_MAX)
-    floor = (config.floor_frac * ceiling).clamp_min(config.eps)
-    return torch.where(freq > ceiling, down, torch.where(freq < floor, up, b))
+    return torch.where(freq > ceiling, down, torch.where(freq < config.eps, up, b))
 
 
 def quantile_thresholds(pre: Float[Tensor, "n m"], freq: Float[Tensor, "m"]) -> Float[Tensor, "m"]:

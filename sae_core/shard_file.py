@@ -89,6 +89,11 @@ def _as_bytes(tensor: Tensor, numpy_type: str) -> memoryview:
 
 
 def check_size(folder: Path, shard: Shard) -> None:
+    """Refuse a shard that is gone or has another size than when it was written.
+
+    Raises:
+        CorruptFileError: names the file.
+    """
     path = folder / shard.file
     if not path.is_file():
         raise CorruptFileError(f"{path} is missing: expected {shard.bytes} bytes.")
@@ -97,6 +102,11 @@ def check_size(folder: Path, shard: Shard) -> None:
 
 
 def check_digest(folder: Path, shard: Shard) -> None:
+    """Read a whole shard and refuse it if a byte is not what was written.
+
+    Raises:
+        CorruptFileError: names the file.
+    """
     with open(folder / shard.file, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:

@@ -47,7 +47,7 @@ class Journal:
         if not lines:
             raise CorruptFileError(f"{folder / JOURNAL}: expected the settings in the first line.")
         _same_settings(folder, lines[0].get("settings", {}), settings)
-        shards = shards_of(folder / JOURNAL, lines[1:])
+        shards = _shards_of(folder / JOURNAL, lines[1:])
         for number, shard in enumerate(shards):
             if shard.file != _shard_name(number):
                 raise CorruptFileError(
@@ -110,7 +110,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         raise CorruptFileError(f"{path}: expected one JSON record a line, got {error}.") from error
 
 
-def shards_of(path: Path, records: Iterable[dict[str, Any]]) -> list[Shard]:
+def _shards_of(path: Path, records: Iterable[dict[str, Any]]) -> list[Shard]:
     try:
         return [Shard(**record) for record in records]
     except TypeError as error:
@@ -131,7 +131,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         kind, version = manifest["format"], manifest["version"]
         settings, n_tokens = dict(manifest["settings"]), int(manifest["n_tokens"])
-        shards = shards_of(path, manifest["shards"])
+        shards = _shards_of(path, manifest["shards"])
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, CorruptFileError):
             raise

@@ -28,6 +28,7 @@ def _active_set(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor
 
 
 def dead_after_tokens(config: TrainConfig) -> int:
+    """Tokens of silence after which a latent counts as dead: as asked, or a tenth of the run."""
     asked = config.sparsity.dead_after_tokens
     return asked or min(10_000_000, config.steps * config.batch_size // 10)
 
@@ -66,6 +67,7 @@ def _average_gradients(optimizer: torch.optim.Adam) -> None:
 def gradient_step(
     sae: SAE, u: Tensor, state: TrainState, config: TrainConfig, lr: float
 ) -> tuple[Codes, Tensor]:
+    """One step of Adam on everything but the biases of gba; returns detached codes and u_hat."""
     assert state.optimizer is not None
     total, codes, u_hat = _losses(sae, u, state, config)
     state.optimizer.zero_grad()

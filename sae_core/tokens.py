@@ -142,6 +142,7 @@ def count_tokens(
 
 
 def too_few_tokens(asked: int, available: int) -> UserError:
+    """The error for a text with fewer tokens than ``max_tokens``."""
     return UserError(
         f"max_tokens asked for {asked} tokens, the text has only {available} that are kept."
     )

@@ -15,7 +15,9 @@ from sae_core.kernels.codes import codes_where
 from sae_core.sae import SAE, SAEConfig
 from sae_core.train import TrainConfig, TrainState, train
 
-CONFIG = GBAConfig(n_groups=2, htf=0.5, ltf=0.1, gamma_down=0.1, gamma_up=0.2, eps=0.01)
+CONFIG = GBAConfig(
+    n_groups=2, htf=0.5, ltf=0.1, gamma_down=0.1, gamma_up=0.2, eps=0.01, rule="published"
+)
 TAF = torch.tensor([0.5, 0.1], dtype=torch.float64)
 
 
@@ -49,13 +51,25 @@ def test_a_group_in_which_nothing_fired_does_not_move():
     assert update([-0.4, -0.6], [0.0, 0.0], [0.0, -0.3], [1, 1]) == [-0.4, -0.6]
 
 
-def test_the_ceiling_is_strict_and_the_floor_is_optional():
+def test_the_published_ceiling_is_strict():
     assert update([-0.4], [0.5], [0.3], [0]) == [-0.4]  # q == p_k is allowed
-    floor = dataclasses.replace(CONFIG, floor_frac=0.9)
-    assert update([-0.4], [0.4], [0.3], [0]) == [-0.4]
-    assert update([-0.4], [0.4], [0.3], [0], floor) == pytest.approx([-0.34])
 
 
+def test_hand_computed_cases_of_the_proportional_rule():
+    proportional = dataclasses.replace(CONFIG, rule="proportional")
+    # latent 0: q/p = 1.2  -> -0.30 - 0.2 * 0.1 * 0.4                  = -0.308
+    # latent 1: q = p      -> unchanged
+    # latent 2: q = 0      -> -0.50 + 1.0 * 0.2 * mean(0.2, 0.6)       = -0.42
+    # latent 3: q/p = 9    -> -0.20 - 4 (bounded) * 0.1 * 0.2          = -0.28
+    # latent 4: q/p = 0.5  -> -0.10 + 0.5 * 0.2 * 0.4                  = -0.06
+    b = update(
+        [-0.3, -0.3, -0.5, -0.2, -0.1], [0.6, 0.5, 0.0, 0.9, 0.05], [0.4, 0.4, 0.0, 0.2, 0.6],
+        [0, 0, 1, 1, 1], proportional,
+    )  # fmt: skip
+    assert b == pytest.approx([-0.308, -0.3, -0.42, -0.28, -0.06], abs=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["published", "proportional"])
 @given(
     st.lists(
         st.tuples(
@@ -64,8 +78,9 @@ def test_the_ceiling_is_strict_and_the_floor_is_optional():
         min_size=1, max_size=12,
     )
 )  # fmt: skip
-def test_biases_never_leave_minus_one_to_zero(latents):
-    b = update(*[list(column) for column in zip(*latents, strict=True)])
+def test_biases_never_leave_minus_one_to_zero(rule, latents):
+    config = dataclasses.replace(CONFIG, rule=rule)
+    b = update(*[list(column) for column in zip(*latents, strict=True)], config)
     assert all(-1 <= value <= 0 for value in b)
 
 
