@@ -41,11 +41,11 @@ class SparseFeatures:
 
     @property
     def n_rows(self) -> int:
-        return self.acts.shape[0]
+        return np.shape(self.acts)[0]
 
     @property
     def d_sae(self) -> int:
-        return self.acts.shape[1]
+        return np.shape(self.acts)[1]
 
     @cached_property
     def row_ids(self) -> Int[np.ndarray, " n_rows"]:
@@ -138,7 +138,7 @@ def _check_structure(acts: sparse.csr_array) -> None:
         raise UserError(f"Expected activations as scipy csr_array, got {type(acts).__name__}.")
     if acts.dtype != np.float32:
         raise UserError(f"Expected activations in float32, got {acts.dtype}.")
-    n_rows, d_sae = acts.shape
+    n_rows, d_sae = np.shape(acts)
     if n_rows == 0 or d_sae == 0:
         raise UserError(f"Expected at least one row and one latent, got {n_rows} x {d_sae}.")
     indptr, indices = acts.indptr, acts.indices

@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs: streaming FVU, L0, firing, and the loss recovered in the model.
+"""Metrics of an SAE: of its reconstruction, and of the model that runs on the reconstruction.
 
 Every number is a ratio of sums over tokens, so the batches make no difference to it.
 """
@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -16,8 +15,7 @@ from torch.nn import functional as F
 
 from sae_core.activations import Activations, HarvestConfig, replace_activations, stream_activations
 from sae_core.errors import UserError
-from sae_core.firing import FiringStats
-from sae_core.kernels.codes import Codes
+from sae_core.reconstruction import Reconstruction, ReconstructionStats
 from sae_core.sae import SAE
 from sae_core.text import TextRow
 from sae_core.tokens import TokenBatch, token_windows
@@ -25,103 +23,17 @@ from sae_core.tokens import TokenBatch, token_windows
 if TYPE_CHECKING:
     from sae_core.models import LanguageModel
 
+__all__ = [
+    "LossRecovered",
+    "Reconstruction",
+    "ReconstructionStats",
+    "check_width",
+    "evaluate",
+    "evaluating",
+    "loss_recovered",
+]
+
 _LOGIT_BYTES = 1 << 28  # float32 logits of one batch: with 49,152 tokens to choose from, 1,365 rows
-
-
-@dataclass(frozen=True, eq=False)
-class Reconstruction:
-    """Quality of a reconstruction over n_tokens tokens."""
-
-    fvu: float
-    """Residual sum of squares / total sum of squares about the global mean; 0 is perfect."""
-    l0: float
-    """Mean number of active latents a token."""
-    freq: Float[np.ndarray, " d_sae"]
-    """Fraction of tokens in which each latent is active, [d_sae] float64."""
-    peak: Float[np.ndarray, " d_sae"]
-    """Largest activation of each latent, 0 where it never fired, [d_sae]."""
-    dead_fraction: float
-    """Fraction of latents that fired in none of the n_tokens tokens."""
-    n_tokens: int
-    """Tokens evaluated; fewer tokens make more latents look dead."""
-
-
-class ReconstructionStats:
-    """Streaming sums for :class:`Reconstruction`; `update` and `merge` add up in any order.
-
-        FVU = sum_t ||x_t - x_hat_t||^2 / sum_t ||x_t - mean||^2,   mean over all t
-
-    The spread about the mean is merged pair by pair in float64 (Chan, Golub and LeVeque 1983,
-    "Algorithms for computing the sample variance", eq. 2.1), so that an offset much larger than
-    the spread costs no digits.
-    """
-
-    def __init__(self, d_in: int, d_sae: int, device: torch.device | str = "cpu") -> None:
-        self.n_tokens = 0
-        self.mean = torch.zeros(d_in, dtype=torch.float64, device=device)
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.residual = torch.zeros((), dtype=torch.float64, device=device)
-        self.firing = FiringStats(d_sae, device)
-
-    @torch.no_grad()
-    def update(
-        self, x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"], codes: Codes
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            x: [n, d_in] activations as they are in the model.
-            x_hat: [n, d_in] reconstruction in the same units.
-            codes: [n, d_sae] the latents that made it.
-        """
-        n = x.shape[0]
-        if n == 0:
-            return
-        x64 = x.double()
-        mean = x64.mean(dim=0)
-        self._spread(n, mean, (x64 - mean).square().sum())
-        self.residual += (x64 - x_hat.double()).square().sum()
-        self.firing.update(codes)
-
-    def merge(self, other: "ReconstructionStats") -> None:
-        """Add the tokens of another process's or shard's statistics."""
-        self._spread(other.n_tokens, other.mean, other.total)
-        self.residual += other.residual
-        self.firing.merge(other.firing)
-
-    def compute(self) -> Reconstruction:
-        """The metrics so far.
-
-        Raises:
-            UserError: no tokens, or activations that do not vary, whose FVU is not defined.
-        """
-        if self.n_tokens == 0:
-            raise UserError("Expected at least one token to evaluate, got none.")
-        for name, value in (("activations", self.total), ("reconstructions", self.residual)):
-            if not torch.isfinite(value):
-                raise UserError(f"Expected finite {name}, got a sum of squares of {float(value)}.")
-        if float(self.total) == 0:
-            raise UserError(
-                f"The FVU needs activations that vary, got {self.n_tokens} tokens "
-                "that are all the same."
-            )
-        firing = self.firing.compute()
-        return Reconstruction(
-            fvu=float(self.residual / self.total),
-            l0=float(firing.count.sum()) / self.n_tokens,
-            freq=firing.freq.cpu().numpy(),
-            peak=firing.peak.cpu().numpy(),
-            dead_fraction=float((firing.count == 0).double().mean()),
-            n_tokens=self.n_tokens,
-        )
-
-    def _spread(self, n: int, mean: Float[Tensor, "d_in"], total: Float[Tensor, ""]) -> None:
-        both = self.n_tokens + n
-        if both:
-            gap = mean - self.mean
-            self.total = self.total + total + gap.square().sum() * (self.n_tokens * n / both)
-            self.mean = self.mean + gap * (n / both)
-        self.n_tokens = both
 
 
 @contextmanager
@@ -311,16 +223,26 @@ def _summed_loss(
     way: Callable[[Tensor], Tensor] | None,
 ) -> float:
     """Sum of -log p(next token) over the predicted tokens of a batch, in nats."""
-    keep = batch.keep.to(lm.device)
-
-    def spliced(value: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        flat = value.flatten(0, 1)
-        return flat.index_copy(0, keep, way(flat[keep]).to(flat.dtype)).view_as(value)
-
-    with replace_activations(lm, hook_point, spliced) if way else nullcontext():
+    context = nullcontext()
+    if way is not None:
+        spliced = _splice(batch.keep.to(lm.device), way)
+        context = replace_activations(lm, hook_point, spliced)
+    with context:
         logits = _logits(lm, batch)
     target = batch.input_ids[:, 1:].masked_fill(_predicted(batch) == 0, -100).to(lm.device)
     loss = 0.0
     for line, aim in zip(logits[:, :-1], target, strict=True):  # by line: float32 logits are large
         loss += float(F.cross_entropy(line.float(), aim, ignore_index=-100, reduction="sum"))
     return loss
+
+
+def _splice(
+    keep: Int64[Tensor, "n"], way: Callable[[Tensor], Tensor]
+) -> Callable[[Float[Tensor, "b t d"]], Float[Tensor, "b t d"]]:
+    """The function that puts ``way(x)`` in place of the kept tokens and leaves the others alone."""
+
+    def spliced(value: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        flat = value.flatten(0, 1)
+        return flat.index_copy(0, keep, way(flat[keep]).to(flat.dtype)).view_as(value)
+
+    return spliced

@@ -191,7 +191,9 @@ def quiet_libraries() -> None:
 
 def plain(value: Any) -> Any:
     """``value`` as JSON types: dataclasses and tuples unfolded, NaN and infinity as null."""
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, type):
+        return value.__name__
+    if is_dataclass(value):
         return plain(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}

@@ -100,7 +100,7 @@ def demo_run(settings: "TrainSettings", stop: StopSignal, *, quiet: bool = False
         options = FeaturizeOptions(run=str(out), stored=True)
         rows, folder = stored_rows(run), out / "features"
         features = featurize_run(run, rows, options, folder, quiet=quiet)
-        cards = latent_cards(run, features)
+        cards = latent_cards(run, features, quiet=quiet)
         shown = results | {
             "n_rows": features.n_rows,
             "wall_seconds": results["wall_seconds"] + time.monotonic() - start,
@@ -110,13 +110,15 @@ def demo_run(settings: "TrainSettings", stop: StopSignal, *, quiet: bool = False
     return results | {"report": str(report)}
 
 
-def latent_cards(run: FinishedRun, features: "SparseFeatures") -> list[dict[str, Any]]:
+def latent_cards(
+    run: FinishedRun, features: "SparseFeatures", *, quiet: bool = False
+) -> list[dict[str, Any]]:
     """Latents over the range of frequencies, with top texts and their share of each domain."""
     from sae_core.exemplars import choose_latents
 
     latents = list(choose_latents(features, N_LATENTS, seed=run.settings.run.seed))
     options = InspectOptions(texts=N_TEXTS)
-    found = describe_latents(run, features, latents, options)["latents"]
+    found = describe_latents(run, features, latents, options, quiet=quiet)["latents"]
     return [card | {"shares": domain_shares(features, card["latent"])} for card in found]
 
 

@@ -268,7 +268,7 @@ def seconds(
     match = re.match(r"layers\.(\d+)\.", report["hook_point"])
     # The loss needs whole forward passes, with and without the SAE: all layers, four times.
     depth = lm.n_layers / (int(match[1]) + 1) if lm and match else 1.0
-    parts = {
+    parts: dict[str, float] = {
         "harvest": (report["stored_tokens"] + n_eval) / rate,
         "train": report["steps"] * report["step_seconds"],
         "evaluate": token_count(settings.run.loss_tokens) * (4 * depth + 1) / rate

@@ -4,11 +4,13 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from .common import to_json, token_count
-from .progress import duration, progress
+from .progress import Progress, duration, progress
 from .runs import RunFolder
 
 if TYPE_CHECKING:
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
     from .train import Inputs
 
 EVAL_BATCH = 2048  # tokens
+PASSES_A_BATCH = 5  # the mean, then the loss as it is, with the SAE, with zeros, with the mean
+
+
+@contextmanager
+def counted_passes(model: Any, shown: Progress) -> Iterator[None]:
+    """Show every forward pass that begins inside the block."""
+    handle = model.register_forward_pre_hook(lambda *_: shown.update())
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def evaluate_run(
@@ -34,7 +47,7 @@ def evaluate_run(
     """FVU, L0, dead fraction, firing frequencies and loss recovered on held-out tokens."""
     from sae_core.gba import group_frequencies
     from sae_core.metrics import evaluate, loss_recovered
-    from sae_core.tokens import count_tokens
+    from sae_core.tokens import count_tokens, token_windows
 
     batches = progress(
         held_out.iter_sequential(EVAL_BATCH),
@@ -52,7 +65,11 @@ def evaluate_run(
     config = replace(
         settings.harvest, max_tokens=count_tokens(lm.tokenizer, rows, settings.harvest, wanted)
     )
-    loss = loss_recovered(lm, sae, rows, inputs.hook_point, config)
+    n_batches = sum(len(w.batches) for w in token_windows(lm.tokenizer, rows, config))
+    passes = PASSES_A_BATCH * n_batches
+    shown = Progress("loss recovered", passes, "passes", enabled=not quiet)
+    with shown, counted_passes(lm.model, shown):
+        loss = loss_recovered(lm, sae, rows, inputs.hook_point, config)
     return {
         "kind": sae.config.kind,
         "d_in": sae.d_in,

@@ -93,16 +93,22 @@ def main(argv: Sequence[str]) -> int:
     chosen, text = take(FeaturizeOptions, options), take(TextOptions, options.text)
 
     def work(_stop: StopSignal) -> tuple[Any, str]:
+        from .estimate import estimate_features, estimate_text, is_text_cached
+
         run = open_run(chosen.run, device=chosen.device)
         source = stored_rows(run) if chosen.stored else limited(text, chosen.rows)
         out = Path(chosen.out) if chosen.out else run.folder.path / "features"
         if options.dry_run:
-            from .estimate import estimate_features, estimate_text
-
             report = estimate_features(run, source, chosen)
             return report, estimate_text(report)
         features = featurize_run(
-            run, source, chosen, out, accept_terms=options.accept_terms, quiet=options.quiet
+            run,
+            source,
+            chosen,
+            out,
+            is_local=is_text_cached(text.source),
+            accept_terms=options.accept_terms,
+            quiet=options.quiet,
         )
         summary = summarise(features, out)
         return summary, as_text(summary)
@@ -161,6 +167,7 @@ def featurize_run(
     options: FeaturizeOptions,
     out: Path,
     *,
+    is_local: bool = True,
     accept_terms: bool = False,
     quiet: bool = False,
 ) -> "SparseFeatures":
@@ -171,6 +178,7 @@ def featurize_run(
     """
     from sae_core.featurize import featurize
     from sae_core.store import load_features, save_features
+    from sae_core.tokens import count_tokens
 
     from .settings import open_model
 
@@ -186,7 +194,10 @@ def featurize_run(
         return features
     model = replace(run.settings.model, name=options.model or run.settings.model.name)
     lm = open_model(model, accept_terms=accept_terms)
-    with Progress("featurize", None, "tokens", enabled=not quiet) as shown:
+    n_tokens = None
+    if is_local:  # a stream from the network is not read twice for the sake of a display
+        n_tokens = count_tokens(lm.tokenizer, source, run.settings.harvest)
+    with Progress("featurize", n_tokens, "tokens", enabled=not quiet) as shown:
         features = featurize(
             lm,
             run.sae,

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from sae_core.errors import UserError
 
 from .common import PROG, StopSignal, run_command
+from .evaluation import counted_passes
 from .featurize import FinishedRun, open_run
 from .parsing import CommandParser, take
+from .progress import Progress
 
 if TYPE_CHECKING:
     from sae_core.exemplars import LatentExemplars
@@ -81,7 +83,14 @@ def main(argv: Sequence[str]) -> int:
         if options.dry_run:
             data = {"latents": latents, "texts": chosen.texts * len(latents)}
             return data, f"{data['texts']} texts would run through the model; nothing is written"
-        data = describe_latents(run, features, latents, chosen, options.accept_terms)
+        data = describe_latents(
+            run,
+            features,
+            latents,
+            chosen,
+            accept_terms=options.accept_terms,
+            quiet=options.quiet,
+        )
         return data, "\n\n".join(card_text(card, in_colour) for card in data["latents"])
 
     return run_command(work, as_json=options.json, verbose=options.verbose, quiet=options.quiet)
@@ -144,7 +153,9 @@ def describe_latents(
     features: "SparseFeatures",
     latents: list[int],
     options: InspectOptions,
+    *,
     accept_terms: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Cards of latents, as JSON types."""
     from sae_core.exemplars import exemplars
@@ -157,16 +168,18 @@ def describe_latents(
             "some with another --pooling than none."
         )
     lm = open_model(run.settings.model, accept_terms=accept_terms)
-    found = exemplars(
-        lm,
-        run.sae,
-        run.hook_point,
-        features,
-        latents,
-        options.texts,
-        run.settings.harvest,
-        window=options.window,
-    )
+    shown = Progress("top texts", None, "passes", enabled=not quiet)
+    with shown, counted_passes(lm.model, shown):
+        found = exemplars(
+            lm,
+            run.sae,
+            run.hook_point,
+            features,
+            latents,
+            options.texts,
+            run.settings.harvest,
+            window=options.window,
+        )
     return {"run": str(run.folder.path), "latents": [card(run, one) for one in found]}
 
 

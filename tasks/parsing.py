@@ -73,7 +73,7 @@ class CommandParser(ArgumentParser):
 
     def add_options(self, cls: type, key: str | None = None, skip: set[str] | None = None) -> None:
         """Add the fields of a dataclass, under ``key.`` where one is given."""
-        self.add_class_arguments(cls, key, skip=skip or set())
+        self.add_class_arguments(cls, key, skip={*(skip or ())})
         prefix = f"{key}." if key else ""
         hints = get_type_hints(cls)
         self._switches |= {f"{prefix}{f.name}" for f in fields(cls) if hints[f.name] is bool}
@@ -89,7 +89,7 @@ class CommandParser(ArgumentParser):
             name = arg.removeprefix(f"{flag}=") if arg.startswith(f"{flag}=") else None
             if arg == flag and number + 1 < len(args):
                 name = args[number + 1]
-            if name in presets:  # an unknown name is refused by the parser
+            if name is not None and name in presets:  # an unknown name is refused by the parser
                 self.set_defaults({f"{key}.{k}": v for k, v in presets[name].items()})
 
     def parse(self, argv: Sequence[str]) -> Namespace:
@@ -232,10 +232,10 @@ def take(cls: type, values: Mapping[str, Any] | Namespace) -> Any:
     for field in fields(cls):
         if field.name in given:
             value = given[field.name]
-            nested = is_dataclass(hints[field.name]) and isinstance(value, Mapping)
+            if is_dataclass(hints[field.name]) and isinstance(value, Mapping):
+                value = take(hints[field.name], value)
             # JSON has no tuples
-            value = tuple(value) if isinstance(value, list) else value
-            chosen[field.name] = take(hints[field.name], value) if nested else value
+            chosen[field.name] = tuple(value) if isinstance(value, list) else value
         elif field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"A value for --{field.name.replace('_', '-')} is needed.")
     return cls(**chosen)

@@ -184,7 +184,7 @@ def train_run(
     run = check_free(need_out(settings.run.out), settings.identity())
     if run.is_finished:
         LOG.info("%s is finished: nothing to do.", run.path)
-        return read_json(run.results_file)
+        return read_json(run.results_file) | {"out": str(run.path)}
     check_sink(settings.run.log)
     inputs = open_inputs(settings, accept_terms=accept_terms)
     seconds: dict[str, float] = {}
