@@ -27,7 +27,7 @@ from sae_core.activations import HarvestConfig, stream_activations
 from sae_core.loss import SparsityConfig
 from sae_core.models import LanguageModel, load_model
 from sae_core.sae import SAE, SAEConfig
-from sae_core.start import start
+from sae_core.start import data_thresholds, start
 from sae_core.state import TrainConfig
 from sae_core.step import bias_step, count_firing, gradient_step
 from sae_core.tokens import TokenBatch, token_windows
@@ -76,8 +76,9 @@ def harvest_rows(tokens: int, rounds: int) -> tuple[list[dict[str, Any]], list[G
         name = str(dtype).removeprefix("torch.")
         overhead = median(ours) / median(bare) - 1
         for what, seconds in (("bare forward", bare), ("harvest", ours)):
-            rate = tokens / median(seconds)
-            rows.append(_row(f"{what} {name}", rate, median(seconds), median(seconds) / median(bare)))
+            typical = median(seconds)
+            ratio = typical / median(bare)
+            rows.append(_row(f"{what} {name}", tokens / typical, typical, ratio))
         goals.append(Goal(f"harvest overhead {name}", overhead, "<= 0.05", overhead <= 0.05))
     return rows, goals
 
@@ -164,7 +165,7 @@ def training_rows(d_sae: int, rounds: int, steps: int) -> list[dict[str, Any]]:
 
 
 def _prepare(kind: str, d_sae: int, precision: str, x: torch.Tensor) -> Callable[[], None]:
-    """A closure that does one full training step (gradient, firing counts, bias) on 2,048 tokens."""
+    """A closure that does one whole training step (gradient, counts, bias) on 2,048 tokens."""
     n = 2048
     config = TrainConfig(
         steps=10_000, batch_size=n, precision=precision,  # type: ignore[arg-type]
@@ -175,8 +176,6 @@ def _prepare(kind: str, d_sae: int, precision: str, x: torch.Tensor) -> Callable
     state = start(sae, x, config)
     if kind == "relu":  # the L1 weight needs many steps to bring L0 down: start at the wanted L0
         freq = torch.full((d_sae,), 64 / d_sae, dtype=torch.float64)
-        from sae_core.start import data_thresholds
-
         sae.b_enc.data.copy_(-data_thresholds(sae, sae.normalise(x)[0], freq))
 
     def step() -> None:

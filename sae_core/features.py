@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -41,11 +42,11 @@ class SparseFeatures:
 
     @property
     def n_rows(self) -> int:
-        return np.shape(self.acts)[0]
+        return shape_of(self.acts)[0]
 
     @property
     def d_sae(self) -> int:
-        return np.shape(self.acts)[1]
+        return shape_of(self.acts)[1]
 
     @cached_property
     def row_ids(self) -> Int[np.ndarray, " n_rows"]:
@@ -120,6 +121,11 @@ class SparseFeatures:
         return np.argsort(self.row_ids, kind="stable")
 
 
+def shape_of(acts: sparse.csr_array) -> tuple[int, int]:
+    """``acts.shape`` with its type, which scipy does not declare."""
+    return cast("tuple[int, int]", acts.shape)
+
+
 def _largest(values: Float[np.ndarray, " m"], n: int) -> Int[np.ndarray, " k"]:
     """Places of the n largest values, largest first, equal values by place."""
     if n < 0:
@@ -138,7 +144,7 @@ def _check_structure(acts: sparse.csr_array) -> None:
         raise UserError(f"Expected activations as scipy csr_array, got {type(acts).__name__}.")
     if acts.dtype != np.float32:
         raise UserError(f"Expected activations in float32, got {acts.dtype}.")
-    n_rows, d_sae = np.shape(acts)
+    n_rows, d_sae = shape_of(acts)
     if n_rows == 0 or d_sae == 0:
         raise UserError(f"Expected at least one row and one latent, got {n_rows} x {d_sae}.")
     indptr, indices = acts.indptr, acts.indices

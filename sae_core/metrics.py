@@ -74,7 +74,9 @@ def evaluate(sae: SAE, batches: Iterable[Activations | Tensor]) -> Reconstructio
         for batch in batches:
             raw = batch.x if isinstance(batch, Activations) else batch
             x = raw.to(weights.device, weights.dtype)
-            stats.update(x, sae.reconstruct(x), sae.encode_sparse(x))
+            u, norm = sae.normalise(x)
+            codes = sae.gate(sae.select(sae.pre_activations(u)))
+            stats.update(x, sae.decode_sparse(codes) * norm, codes, norm)
     return stats.compute()
 
 

@@ -13,6 +13,7 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_core.errors import UserError
+from sae_core.features import shape_of
 from sae_core.kernels.codes import Codes
 
 POOLINGS = ("max", "mean", "sum", "last")
@@ -82,7 +83,7 @@ def _pooled(
     np.add.at(count, row, n_tokens)
 
     adds = pooling in ("mean", "sum")
-    d_sae = np.shape(acts)[1]
+    d_sae = shape_of(acts)[1]
     key = np.repeat(row, np.diff(acts.indptr)) * d_sae + acts.indices
     data = acts.data.astype(np.float64 if adds else np.float32, copy=False)
     if pooling == "last":
@@ -100,7 +101,7 @@ def _pooled(
 
 
 def _merged(parts: Sequence[PooledRows]) -> PooledRows:
-    kinds = {(part.pooling, np.shape(part.acts)[1]) for part in parts}
+    kinds = {(part.pooling, shape_of(part.acts)[1]) for part in parts}
     if len(kinds) > 1:
         raise UserError(f"Expected pools of one kind and one d_sae, got {sorted(kinds)}.")
     return _pooled(
@@ -185,6 +186,6 @@ def _placed(
     data = data.astype(np.float32)
     kept = data != 0  # a mean may be too small for float32
     coo = (data[kept], (row[kept], acts.indices[kept]))
-    placed = sparse.csr_array(coo, shape=(n_rows, np.shape(acts)[1]))
+    placed = sparse.csr_array(coo, shape=(n_rows, shape_of(acts)[1]))
     placed.sort_indices()
     return placed

@@ -1,4 +1,4 @@
-"""Where a result comes from: the model, the hook point, the SAE, the data, the seed, the versions."""
+"""Where a result comes from: model, hook point, SAE, data, seed, versions."""
 
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ from sae_core.errors import UserError
 
 
 def package_versions(*names: str) -> str:
-    """Versions as one line, e.g. ``sae-apps 0.1.0, torch 2.13.0``; a package that is absent says so."""
+    """Versions as one line, e.g. ``sae-apps 0.1.0, torch 2.13.0``, or ``torch absent``."""
 
     def one(name: str) -> str:
         try:

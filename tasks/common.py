@@ -191,9 +191,7 @@ def quiet_libraries() -> None:
 
 def plain(value: Any) -> Any:
     """``value`` as JSON types: dataclasses and tuples unfolded, NaN and infinity as null."""
-    if isinstance(value, type):
-        return value.__name__
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
@@ -201,8 +199,9 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "tolist"):  # numpy and torch arrays and scalars
-        return plain(value.tolist())
+    to_list = getattr(value, "tolist", None)
+    if to_list is not None:  # numpy and torch arrays and scalars
+        return plain(to_list())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -75,6 +75,7 @@ def evaluate_run(
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "fvu": quality.fvu,
+        "fvu_raw": quality.fvu_raw,
         "l0": quality.l0,
         "dead_fraction": quality.dead_fraction,
         "alive_frac": 1 - quality.dead_fraction,

@@ -102,7 +102,7 @@ def test_what_is_not_defined_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["topk", "batch_topk", "relu"])
-def test_evaluation_is_in_the_units_of_x_and_free_of_batches(kind: str) -> None:
+def test_evaluation_measures_both_fvus_and_is_free_of_batches(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     sae = SAE(SAEConfig(6, 12, kind=kind, k=3), generator=generator)
     with torch.no_grad():
@@ -113,7 +113,12 @@ def test_evaluation_is_in_the_units_of_x_and_free_of_batches(kind: str) -> None:
     sae.eval()
     x64, x_hat = x.double(), sae(x).x_hat.double()
     direct = (x64 - x_hat).square().sum() / (x64 - x64.mean(0)).square().sum()
+    assert whole.fvu_raw == pytest.approx(float(direct), rel=1e-5)
+    norm = x64.norm(dim=1, keepdim=True)
+    u, u_hat = x64 / norm, x_hat / norm
+    direct = (u - u_hat).square().sum() / (u - u.mean(0)).square().sum()
     assert whole.fvu == pytest.approx(float(direct), rel=1e-5)
+    assert whole.fvu != pytest.approx(whole.fvu_raw, rel=1e-3)
     assert whole.l0 == pytest.approx(float((sae.encode(x) > 0).sum()) / 50)
     ids = torch.arange(50)
     parts = [
