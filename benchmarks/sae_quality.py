@@ -26,7 +26,6 @@ from sae_apps.tasks.text import open_text
 from sae_core.buffer import batches
 from sae_core.download import cache_dir
 from sae_core.gba import GBAConfig, group_frequencies, paper_main, paper_recommended
-from sae_core.loss import SparsityConfig
 from sae_core.metrics import evaluate, loss_recovered
 from sae_core.models import LanguageModel, load_model
 from sae_core.sae import SAE, SAEConfig
@@ -37,10 +36,9 @@ from sae_core.train import TrainConfig, TrainState, train
 
 HOOK = "layers.15.out"
 D_SAE = 4608
-BATCH = 2048
+BATCH = 1024
 KINDS = ("gba", "topk", "batch_topk", "jumprelu", "relu")
-TARGETS = (32, 64, 128)
-RATES = {"full": (5e-4, 1e-3, 2e-3, 4e-3), "reduced": (1e-3, 2e-3)}
+RATES = {"full": (2e-3, 4e-3, 8e-3), "reduced": (4e-3, 8e-3)}
 TOKENS = {"full": 1_048_576, "reduced": 262_144}
 HELD_OUT = {"full": 131_072, "reduced": 65_536}
 LOSS_TOKENS = {"full": 16_384, "reduced": 4_096}
@@ -65,7 +63,7 @@ def prepare(size: str) -> Data:
     rows, held_out = split_rows(open_text("demo"), 0.1, 0)
     folder = cache_dir() / "benchmarks" / f"sae_quality-{size}"
     # calibration reads on after the last step, hence the extra tokens
-    config = HarvestConfig(max_tokens=TOKENS[size] + 65_536)
+    config = HarvestConfig(max_tokens=TOKENS[size] + 131_072)
     shards = harvest_shards(lm, rows, [HOOK], folder / "train", config, dtype="bfloat16")
     config = HarvestConfig(max_tokens=HELD_OUT[size])
     held = harvest_shards(lm, held_out, [HOOK], folder / "held_out", config, dtype="bfloat16")
@@ -77,8 +75,8 @@ def prepare(size: str) -> Data:
 
 
 def run(
-    data: Data, sae_config: SAEConfig, config: TrainConfig, name: str, *, with_loss: bool = True
-) -> dict[str, Any]:
+    data: Data, sae_config: SAEConfig, config: TrainConfig, name: str
+) -> tuple[dict[str, Any], SAE]:
     """Train one SAE and measure it on the held-out rows."""
     begin = time.perf_counter()
     sae = SAE(sae_config, generator=torch.Generator().manual_seed(config.seed))
@@ -93,21 +91,22 @@ def run(
         groups = group_frequencies(freq, state.group, state.taf)
         over = sum(group.n_above for group in groups)
         worst = float((freq / state.taf[state.group]).max())
-    recovered = None
-    if with_loss:
-        found = loss_recovered(
-            data.lm, sae, data.loss_rows, HOOK, data.loss_config, mean=data.mean.float()
-        )
-        recovered = found.recovered_mean
     row = {
-        "name": name, "kind": sae_config.kind, "target_l0": config.sparsity.target_l0,
+        "name": name, "kind": sae_config.kind, "k": sae_config.k,
         "lr": config.lr, "train_fvu": sum(r.fvu for r in records[-5:]) / len(records[-5:]),
         "l0": result.l0, "fvu": result.fvu, "fvu_raw": result.fvu_raw,
-        "loss_recovered": recovered, "dead_fraction": result.dead_fraction,
+        "loss_recovered": None, "dead_fraction": result.dead_fraction,
         "latents_above_1.1_ceiling": over, "worst_over_ceiling": worst, "seconds": seconds,
     }  # fmt: skip
     log.info("%s", row)
-    return row
+    return row, sae
+
+
+def with_loss(data: Data, row: dict[str, Any], sae: SAE) -> dict[str, Any]:
+    """The row with the cross-entropy recovered against mean-ablation."""
+    mean = data.mean.float()
+    found = loss_recovered(data.lm, sae, data.loss_rows, HOOK, data.loss_config, mean=mean)
+    return row | {"loss_recovered": found.recovered_mean}
 
 
 def configs(kind: str, l0: int, lr: float, size: str) -> tuple[SAEConfig, TrainConfig]:
@@ -115,7 +114,6 @@ def configs(kind: str, l0: int, lr: float, size: str) -> tuple[SAEConfig, TrainC
     sae = SAEConfig(576, D_SAE, kind=kind, k=l0)  # type: ignore[arg-type]
     config = TrainConfig(
         steps=TOKENS[size] // BATCH, batch_size=BATCH, lr=lr, precision="bfloat16",
-        sparsity=SparsityConfig(target_l0=float(l0)),
     )  # fmt: skip
     return sae, config
 
@@ -123,14 +121,15 @@ def configs(kind: str, l0: int, lr: float, size: str) -> tuple[SAEConfig, TrainC
 def table_rows(data: Data, size: str) -> Iterator[dict[str, Any]]:
     """Search the rate at 64, then the other two L0 at the best rate."""
     for kind in KINDS:
-        searched = [
-            run(data, *configs(kind, 64, lr, size), f"{kind}-64-lr{lr:g}", with_loss=False)
-            for lr in RATES[size]
+        found = [
+            run(data, *configs(kind, 64, lr, size), f"{kind}-64-lr{lr:g}") for lr in RATES[size]
         ]
-        yield from searched
-        best = min(searched, key=lambda row: row["train_fvu"])["lr"]
-        for l0 in TARGETS:
-            yield run(data, *configs(kind, l0, best, size), f"{kind}-{l0}")
+        best = min(range(len(found)), key=lambda i: found[i][0]["train_fvu"])  # noqa: B023
+        yield from (row for i, (row, _) in enumerate(found) if i != best)
+        yield with_loss(data, *found[best])
+        lr = found[best][0]["lr"]
+        for l0 in (32, 128):
+            yield with_loss(data, *run(data, *configs(kind, l0, lr, size), f"{kind}-{l0}"))
 
 
 def frontier(rows: list[dict[str, Any]], kind: str, l0: float) -> float:
@@ -164,25 +163,28 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
 def ablation(data: Data, size: str) -> Iterator[dict[str, Any]]:
     """One choice changed at a time, at the default learning rate."""
     base = GBAConfig()
+    wide = {"htf": 0.1, "ltf": 0.001}
     variants = {
         "default": (base, {}),
         "published start b=0": (replace(base, start="zero"), {}),
-        "no floor": (replace(base, floor_frac=0.0), {}),
+        "published rule": (replace(base, rule="published"), {}),
+        "published rule, published frequencies": (replace(base, rule="published", **wide), {}),
         "learned b_dec": (replace(base, centre="learned"), {}),
         "relu gate": (base, {"gate": "relu"}),
         "tied": (base, {"tied": True}),
-        "period 50": (replace(base, period=50), {}),
-        "gamma 0.05": (replace(base, gamma_down=0.05, gamma_up=0.05), {}),
-        "htf 0.5": (replace(base, htf=0.5), {}),
-        "ltf 0.0001": (replace(base, ltf=0.0001), {}),
-        "one group": (replace(base, n_groups=1, htf=0.02, ltf=0.02), {}),
+        "period 10": (replace(base, period=10), {}),
+        "gamma 0.01": (replace(base, gamma_down=0.01, gamma_up=0.01), {}),
+        "gamma 0.1": (replace(base, gamma_down=0.1, gamma_up=0.1), {}),
+        "ratio 100": (replace(base, ratio=100.0), {}),
+        "one group": (replace(base, n_groups=1), {}),
+        "no calibration": (replace(base, calibrate_tokens=0), {}),
         "preset paper_main": (paper_main(), {"tied": True}),
         "preset paper_recommended": (paper_recommended(), {"tied": True}),
     }
     for name, (gba, shape) in variants.items():
         sae, config = configs("gba", 64, 1e-3, size)
-        config = replace(config, lr=None, gba=gba, sparsity=SparsityConfig())
-        yield run(data, replace(sae, **shape), config, name, with_loss=False)
+        config = replace(config, lr=None, gba=gba)
+        yield run(data, replace(sae, **shape), config, name)[0]
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def quality(result: Result) -> str:
             "loss recovered": f"{row['loss_recovered']:.3f}",
             "alive": f"{1 - row['dead_fraction']:.1%}", "learning rate": cell(row["lr"]),
         }
-        for row in sorted(result["rows"], key=lambda r: r["target_l0"] or 0)
+        for row in sorted(result["rows"], key=lambda r: r["k"])
         if row["loss_recovered"] is not None
     ])  # fmt: skip
 

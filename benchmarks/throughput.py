@@ -24,7 +24,6 @@ import torch
 
 from benchmarks.common import Goal, write_result
 from sae_core.activations import HarvestConfig, stream_activations
-from sae_core.loss import SparsityConfig
 from sae_core.models import LanguageModel, load_model
 from sae_core.sae import SAE, SAEConfig
 from sae_core.start import data_thresholds, start
@@ -167,10 +166,7 @@ def training_rows(d_sae: int, rounds: int, steps: int) -> list[dict[str, Any]]:
 def _prepare(kind: str, d_sae: int, precision: str, x: torch.Tensor) -> Callable[[], None]:
     """A closure that does one whole training step (gradient, counts, bias) on 2,048 tokens."""
     n = 2048
-    config = TrainConfig(
-        steps=10_000, batch_size=n, precision=precision,  # type: ignore[arg-type]
-        sparsity=SparsityConfig(target_l0=64.0),
-    )  # fmt: skip
+    config = TrainConfig(steps=10_000, batch_size=n, precision=precision)  # type: ignore[arg-type]
     sae = SAE(SAEConfig(x.shape[1], d_sae, kind=kind, k=64))  # type: ignore[arg-type]
     sae.train()
     state = start(sae, x, config)

@@ -35,13 +35,15 @@ class GBAConfig:
 
     n_groups: int = 10
     """K, number of groups of equal size."""
-    htf: float = 0.1
-    """Highest target frequency p_1 (fraction of tokens)."""
-    ltf: float = 0.001
-    """Lowest target frequency p_K (fraction of tokens)."""
-    gamma_down: float = 0.01
+    htf: float | None = None
+    """Highest target frequency p_1, fraction of tokens (None: the targets sum to the SAE's k)."""
+    ltf: float | None = None
+    """Lowest target frequency p_K, fraction of tokens (None: with htf)."""
+    ratio: float = 10.0
+    """htf / ltf where these are not given."""
+    gamma_down: float = 0.03
     """Step of the ceiling rule, as a share of the latent's head-room r_m."""
-    gamma_up: float = 0.01
+    gamma_up: float = 0.03
     """Step of the resurrection rule, as a share of the group's mean head-room."""
     eps: float = 1e-6
     """A latent that fires on a smaller share of the buffer is raised."""
@@ -57,10 +59,14 @@ class GBAConfig:
     """Tokens for the final ceiling check at frozen weights (0: none)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ltf <= self.htf <= 1:
+        asked = (self.ltf, self.htf)
+        if asked != (None, None) and not 0 < (self.ltf or 0) <= (self.htf or 0) <= 1:
             raise UserError(
-                f"Target frequencies need 0 < ltf <= htf <= 1, got ltf={self.ltf}, htf={self.htf}."
+                "Target frequencies need both ltf and htf with 0 < ltf <= htf <= 1, or neither, "
+                f"got ltf={self.ltf}, htf={self.htf}."
             )
+        if self.ratio < 1:
+            raise UserError(f"ratio is htf / ltf and at least 1, got {self.ratio}.")
         if self.n_groups < 1 or self.period < 1:
             raise UserError(
                 f"n_groups and period must be at least 1, got {self.n_groups} and {self.period}."
@@ -72,39 +78,26 @@ class GBAConfig:
             )
 
 
+def _published(n_groups: int, htf: float, ltf: float) -> GBAConfig:
+    return GBAConfig(
+        n_groups, htf, ltf, gamma_down=0.01, gamma_up=0.01, rule="published", period=50,
+        start="zero", centre="learned", calibrate_tokens=0,
+    )  # fmt: skip
+
+
 def paper_main() -> GBAConfig:
     """The paper's main runs: K=10, 0.1 -> 0.001, biases from 0, an update every 50 steps."""
-    return GBAConfig(
-        10,
-        0.1,
-        0.001,
-        rule="published",
-        period=50,
-        start="zero",
-        centre="learned",
-        calibrate_tokens=0,
-    )
+    return _published(10, 0.1, 0.001)
 
 
 def paper_recommended() -> GBAConfig:
     """The paper's recommendation after its ablation: highest target frequency 0.5."""
-    return GBAConfig(
-        10,
-        0.5,
-        0.001,
-        rule="published",
-        period=50,
-        start="zero",
-        centre="learned",
-        calibrate_tokens=0,
-    )
+    return _published(10, 0.5, 0.001)
 
 
 def ba(taf: float = 0.01) -> GBAConfig:
     """Bias adaptation with one group, the paper's BA baseline."""
-    return GBAConfig(
-        1, taf, taf, rule="published", period=50, start="zero", centre="learned", calibrate_tokens=0
-    )
+    return _published(1, taf, taf)
 
 
 def target_frequencies(htf: float, ltf: float, n_groups: int) -> Float[Tensor, "n_groups"]:
@@ -120,20 +113,24 @@ def assign_groups(d_sae: int, n_groups: int) -> Int[Tensor, "d_sae"]:
     return torch.arange(d_sae) * n_groups // d_sae
 
 
-def frequencies_for_l0(config: GBAConfig, l0: float, d_sae: int) -> tuple[float, float]:
-    """(htf, ltf) of the same ratio whose targets sum to l0 over all latents.
+def group_targets(config: GBAConfig, k: int, d_sae: int) -> Float[Tensor, "n_groups"]:
+    """Target of each group: from htf and ltf, or of the given ratio and summing to k.
 
-    The sum of the targets is the largest L0 that the ceilings allow; the achieved L0 lies below.
+    The sum of the targets over all latents is the L0 that they are asked for together.
+
+    Raises:
+        UserError: so large a sum needs a target above 1.
     """
-    taf = target_frequencies(config.htf, config.ltf, config.n_groups)
-    total = float(taf[assign_groups(d_sae, config.n_groups)].sum())
-    htf, ltf = config.htf * l0 / total, config.ltf * l0 / total
-    if htf > 1:
+    if config.htf is not None and config.ltf is not None:
+        return target_frequencies(config.htf, config.ltf, config.n_groups)
+    shape = target_frequencies(1.0, 1 / config.ratio, config.n_groups)
+    taf = shape * (k / float(shape[assign_groups(d_sae, config.n_groups)].sum()))
+    if float(taf[0]) > 1:
         raise UserError(
-            f"L0={l0} needs a highest target frequency of {htf:.3g} > 1 at d_sae={d_sae}; "
-            f"ask for less or use more latents."
+            f"k={k} active latents a token need a highest target frequency of {float(taf[0]):.3g}, "
+            f"above 1, at d_sae={d_sae}: ask for fewer, use more latents or a smaller ratio."
         )
-    return htf, ltf
+    return taf
 
 
 def bias_update(

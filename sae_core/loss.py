@@ -2,7 +2,7 @@
 
 reconstruction = mean_i ||u_hat_i - u_i||^2 / variance,  variance = mean_i ||u_i - mean||^2
 relu:      + l1 * mean_i sum_j acts_ij                   (decoder rows have unit norm)
-jumprelu:  + penalty * (L0 / target - 1)^2               (straight-through L0, 2407.14435; the
+jumprelu:  + penalty * (L0 / k - 1)^2                    (straight-through L0, 2407.14435; the
                                                           target form is dictionary_learning's)
 (batch_)topk: + auxk * ||e - e_hat||^2 / ||e||^2         (AuxK, arXiv 2406.04093, app. A.2)
 gba:       nothing: sparsity is the controller's
@@ -25,14 +25,12 @@ from sae_core.sae import SAE
 class SparsityConfig:
     """Sparsity terms of the kinds other than gba."""
 
-    target_l0: float | None = None
-    """Wanted active latents a token for gba, jumprelu and relu (topk kinds have k)."""
     l1: float = 0.01
-    """relu: weight of the L1 term; with a target_l0 it is where the search starts."""
+    """relu: weight of the L1 term at the first step."""
     l1_rate: float = 0.02
-    """relu with a target_l0: l1 grows by exp(rate * log(L0 / target)) each step."""
+    """relu: the weight grows by the factor (L0 / k)^l1_rate each step (0: it stays)."""
     penalty: float = 1.0
-    """jumprelu: weight of (L0 / target - 1)^2."""
+    """jumprelu: weight of (L0 / k - 1)^2."""
     bandwidth: float = 0.05
     """jumprelu: width of the rectangle kernel, in units of the pre-activation."""
     auxk: float = 1 / 32
@@ -43,8 +41,6 @@ class SparsityConfig:
     """Tokens of silence that make a latent dead (None: a tenth of the run, at most 10M)."""
 
     def __post_init__(self) -> None:
-        if self.target_l0 is not None and self.target_l0 <= 0:
-            raise UserError(f"target_l0 must be positive, got {self.target_l0}.")
         if self.bandwidth <= 0:
             raise UserError(f"bandwidth must be positive, got {self.bandwidth}.")
 
@@ -61,12 +57,9 @@ def l1_penalty(codes: Codes) -> Float[Tensor, ""]:
     return codes.values.sum() / codes.n
 
 
-def adapt_l1(l1: float, l0: float, config: SparsityConfig) -> float:
-    """The L1 weight after a step with this L0: larger while L0 is above the target."""
-    if config.target_l0 is None:
-        return l1
-    ratio = min(max(l0 / config.target_l0, 1e-2), 1e2)
-    return l1 * ratio**config.l1_rate
+def adapt_l1(l1: float, l0: float, k: int, config: SparsityConfig) -> float:
+    """The L1 weight after a step with this L0: larger while L0 is above k."""
+    return l1 * min(max(l0 / k, 1e-2), 1e2) ** config.l1_rate
 
 
 def jump(sae: SAE, codes: Codes, config: SparsityConfig) -> tuple[Codes, Float[Tensor, ""]]:
@@ -74,9 +67,7 @@ def jump(sae: SAE, codes: Codes, config: SparsityConfig) -> tuple[Codes, Float[T
     threshold = sae.threshold.index_select(0, codes.col)
     acts, on = nonlinearity.jump_straight_through(codes.values, threshold, config.bandwidth)
     l0 = on.sum() / codes.n
-    if config.target_l0 is None:
-        raise UserError("kind='jumprelu' needs sparsity.target_l0, got None.")
-    return codes.with_values(acts), config.penalty * (l0 / config.target_l0 - 1).square()
+    return codes.with_values(acts), config.penalty * (l0 / sae.config.k - 1).square()
 
 
 def auxk_loss(

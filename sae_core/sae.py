@@ -41,7 +41,8 @@ class SAEConfig:
     kind: Kind = "gba"
     """gba, topk, batch_topk, jumprelu or relu."""
     k: int = 64
-    """Active latents a token (topk: exactly at most; batch_topk: on average)."""
+    """Active latents a token: topk at most, batch_topk on average; gba the sum of the targets
+    (unless htf and ltf are given), jumprelu and relu where their controllers steer to."""
     gate: Literal["jumprelu", "relu"] = "jumprelu"
     """gba only: value without the bias (jumprelu) or with it (relu)."""
     tied: bool = False
@@ -52,7 +53,7 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
             raise UserError(f"d_in and d_sae must be positive, got {self.d_in} and {self.d_sae}.")
-        if self.kind in ("topk", "batch_topk") and not 1 <= self.k <= self.d_sae:
+        if not 1 <= self.k <= self.d_sae:
             raise UserError(f"k must lie between 1 and d_sae={self.d_sae}, got {self.k}.")
         if self.tied and self.kind != "gba":
             raise UserError(f"tied=True is defined for kind='gba', got kind={self.kind!r}.")

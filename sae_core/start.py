@@ -29,17 +29,13 @@ def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> Tra
         firing=FiringStats(sae.d_sae, u.device),
         tokens_since=torch.zeros(sae.d_sae, dtype=torch.int64, device=u.device),
     )  # fmt: skip
-    target = config.sparsity.target_l0
     if sae.config.kind == "gba":
-        htf, ltf = config.gba.htf, config.gba.ltf
-        if target is not None:
-            htf, ltf = gba.frequencies_for_l0(config.gba, target, sae.d_sae)
         state.group = gba.assign_groups(sae.d_sae, config.gba.n_groups).to(u.device)
-        state.taf = gba.target_frequencies(htf, ltf, config.gba.n_groups).to(u.device)
+        state.taf = gba.group_targets(config.gba, sae.config.k, sae.d_sae).to(u.device)
         if config.gba.start == "quantile":
             sae.b_enc.copy_(-data_thresholds(sae, u, state.taf[state.group]).clamp(0, 1))
-    elif sae.config.kind == "jumprelu" and target is not None:
-        freq = torch.full((sae.d_sae,), min(0.5, target / sae.d_sae), dtype=torch.float64)
+    elif sae.config.kind == "jumprelu":
+        freq = torch.full((sae.d_sae,), min(0.5, sae.config.k / sae.d_sae), dtype=torch.float64)
         sae.threshold.copy_(data_thresholds(sae, u, freq.to(u.device)).clamp_min(0))
     state.optimizer = make_optimizer(sae, config)
     return state

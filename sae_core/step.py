@@ -95,7 +95,7 @@ def count_firing(sae: SAE, codes: Codes, state: TrainState, config: TrainConfig)
     state.tokens += batch.n_tokens
     if sae.config.kind == "relu":
         l0 = float(batch.count.sum()) / batch.n_tokens
-        state.l1 = loss.adapt_l1(state.l1, l0, config.sparsity)
+        state.l1 = loss.adapt_l1(state.l1, l0, sae.config.k, config.sparsity)
     if sae.config.kind == "batch_topk":
         _track_threshold(sae, codes, state)
 

@@ -52,7 +52,6 @@ SHORT = {
     "htf": "train.gba.htf",
     "ltf": "train.gba.ltf",
     "groups": "train.gba.n_groups",
-    "l0": "train.sparsity.target_l0",
 }
 
 

@@ -92,13 +92,13 @@ def test_target_frequencies_are_geometric():
     assert gba.target_frequencies(0.02, 0.02, 1).tolist() == [0.02]
 
 
-def test_frequencies_for_l0_sum_to_it():
-    htf, ltf = gba.frequencies_for_l0(GBAConfig(), 64.0, 4608)
-    taf = gba.target_frequencies(htf, ltf, 10)[gba.assign_groups(4608, 10)]
-    assert float(taf.sum()) == pytest.approx(64.0)
-    assert htf / ltf == pytest.approx(100)
-    with pytest.raises(UserError, match="> 1 at d_sae=20"):
-        gba.frequencies_for_l0(GBAConfig(), 15.0, 20)
+def test_targets_without_frequencies_sum_to_k():
+    config = GBAConfig(ratio=100.0)
+    taf = gba.group_targets(config, 64, 4608)
+    assert float(taf[gba.assign_groups(4608, 10)].sum()) == pytest.approx(64.0)
+    assert float(taf[0] / taf[-1]) == pytest.approx(100)
+    with pytest.raises(UserError, match="above 1, at d_sae=20"):
+        gba.group_targets(config, 15, 20)
 
 
 def test_groups_are_balanced():
@@ -115,7 +115,7 @@ def test_quantile_thresholds_allow_at_most_the_asked_share():
 
 @pytest.mark.parametrize("gate", ["jumprelu", "relu"])
 def test_buffer_peak_is_the_largest_pre_activation(gate):
-    sae = SAE(SAEConfig(8, 16, gate=gate), generator=torch.Generator().manual_seed(0))
+    sae = SAE(SAEConfig(8, 16, k=4, gate=gate), generator=torch.Generator().manual_seed(0))
     sae.b_enc.data.uniform_(-0.4, 0.0, generator=torch.Generator().manual_seed(1))
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
     stats = FiringStats(16)
@@ -144,10 +144,11 @@ def planted(n: int, seed: int) -> torch.Tensor:
 
 
 def test_the_ceiling_is_kept_after_training_and_the_bias_has_no_gradient():
-    config = TrainConfig(
-        steps=150, batch_size=256, init_tokens=1024, gba=GBAConfig(4, 0.2, 0.02, period=5)
+    config = TrainConfig(steps=150, batch_size=256, init_tokens=1024, gba=GBAConfig(4, 0.2, 0.02))
+    sae, state = (
+        SAE(SAEConfig(16, 64, k=8), generator=torch.Generator().manual_seed(0)),
+        TrainState(),
     )
-    sae, state = SAE(SAEConfig(16, 64), generator=torch.Generator().manual_seed(0)), TrainState()
     x = planted(200_000, 1)
     records = list(train(sae, iter(x.split(256)), config, state))
     stats = FiringStats(64)
@@ -175,7 +176,8 @@ def test_groups_report_what_was_asked_and_what_came():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"htf": 0.001, "ltf": 0.1}, {"htf": 1.5}, {"n_groups": 0}, {"gamma_down": 0.0}]
+    "bad",
+    [{"htf": 0.001, "ltf": 0.1}, {"htf": 1.5}, {"htf": 0.1}, {"n_groups": 0}, {"gamma_down": 0.0}],
 )
 def test_bad_settings_are_refused_with_both_values(bad):
     with pytest.raises(UserError, match="got"):

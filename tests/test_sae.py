@@ -56,7 +56,7 @@ def test_the_gate_jumprelu_moves_when_a_latent_fires_but_not_its_value():
 
 
 def test_tied_weights_are_one_tensor_and_scale_sets_the_magnitude():
-    sae = SAE(SAEConfig(12, 40, tied=True))
+    sae = SAE(SAEConfig(12, 40, k=5, tied=True))
     assert sae.W_dec.data_ptr() == sae.W_enc.data_ptr() and "W_dec" not in sae.tensors()
     with pytest.raises(UserError, match="tied=True is defined for kind='gba', got kind='topk'"):
         SAEConfig(12, 40, kind="topk", k=5, tied=True)
