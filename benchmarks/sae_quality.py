@@ -169,7 +169,7 @@ def ablation(data: Data, size: str) -> Iterator[dict[str, Any]]:
         "published start b=0": (replace(base, start="zero"), {}),
         "published rule": (replace(base, rule="published"), {}),
         "published rule, published frequencies": (replace(base, rule="published", **wide), {}),
-        "learned b_dec": (replace(base, centre="learned"), {}),
+        "frozen b_dec": (replace(base, centre="mean"), {}),
         "relu gate": (base, {"gate": "relu"}),
         "tied": (base, {"tied": True}),
         "period 10": (replace(base, period=10), {}),

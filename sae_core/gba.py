@@ -7,12 +7,17 @@ activation frequency (TAF) of the group of m, rbar_k the mean of the positive r_
     q_m > p_k :  b_m <- max(b_m - gamma_down * r_m,    -1)
     q_m < eps :  b_m <- min(b_m + gamma_up   * rbar_k,  0)
 
-The printed algorithm shows "v 0" (max) in the second rule; only min keeps b in [-1, 0].
-Deviations, each a switch of `GBAConfig`: biases may start at the data's (1 - p_k) quantile instead
-of 0 (`start`); a latent may also be raised while it fires less than a share of its TAF
-(`floor_frac`; 0 is the paper); b_dec is the frozen mean by default (`centre`), because a learned
-one can run away from the clamp; after the last step biases are lowered once more to the ceiling
-measured on `calibrate_tokens` tokens with frozen weights.
+The printed algorithm shows "v 0" (max) in the second rule; only min keeps b in [-1, 0]. That is
+`rule="published"`. The default, `rule="proportional"`, moves both ways at every step in proportion
+to the error, so that a latent is held *at* its target, and lets b rise to 1:
+
+    b_m <- b_m + gamma * (1 - q_m / p_k) * (rbar_k if q_m < p_k else r_m),  1 - q/p kept in [-4, 1]
+
+Other deviations, each a switch of `GBAConfig`: biases start at the data's (1 - p_k) quantile, not at
+0 (`start`); targets span one decade and sum to the SAE's k unless htf and ltf are given; after
+the last step biases are lowered to the ceiling measured with frozen weights (`calibrate_tokens`).
+With b <= 0 a learned b_dec (`centre`) strands latents that b can no longer wake; b <= 1 frees them.
+benchmarks/LOG.md has the measurements behind each choice.
 """
 
 from dataclasses import dataclass
@@ -26,7 +31,7 @@ from sae_core.errors import UserError
 from sae_core.firing import Firing
 
 MAX_SHARE = 4.0  # a burst of firing in one buffer moves a bias by at most 4 steps
-B_MIN, B_MAX = -1.0, 0.0  # the clamp of Algorithm 2; |w'u| <= 1 for unit vectors
+B_MIN, B_MAX = -1.0, {"published": 0.0, "proportional": 1.0}  # |w'u| <= 1 for unit vectors
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,9 @@ class GBAConfig:
     """Optimiser steps between controller updates."""
     start: Literal["quantile", "zero"] = "quantile"
     """Biases at the first step: the data's (1 - p_k) quantile, or 0 as published."""
-    centre: Literal["mean", "learned"] = "mean"
-    """b_dec: frozen mean of the (normalised) data, or learned from there."""
-    calibrate_tokens: int = 65536
+    centre: Literal["learned", "mean"] = "learned"
+    """b_dec: learned from the mean of the (normalised) data, or frozen there."""
+    calibrate_tokens: int = 131072
     """Tokens for the final ceiling check at frozen weights (0: none)."""
 
     def __post_init__(self) -> None:
@@ -144,14 +149,15 @@ def bias_update(
     """One controller update (Algorithm 2), pure.
 
     Args:
-        b: biases in [-1, 0].
+        b: biases.
         freq: q_m, fraction of the buffer's tokens with pre > 0.
         peak: largest pre-activation of the buffer (bias included).
         group: group of each latent, 0..K-1.
         taf: target frequency of each group.
     Returns:
-        New biases in [-1, 0].
+        New biases in [-1, 0] (published) or [-1, 1].
     """
+    b_max = B_MAX[config.rule]
     r = peak.clamp_min(0).to(b.dtype)
     total = torch.zeros(len(taf), dtype=b.dtype, device=b.device).index_add_(0, group, r)
     n_live = torch.zeros_like(total).index_add_(0, group, (r > 0).to(b.dtype))
@@ -160,9 +166,9 @@ def bias_update(
     if config.rule == "proportional":
         share = (1 - freq / ceiling).clamp(-MAX_SHARE, 1).to(b.dtype)
         step = torch.where(share < 0, config.gamma_down * r, config.gamma_up * rbar[group])
-        return (b + share * step).clamp(B_MIN, B_MAX)
+        return (b + share * step).clamp(B_MIN, b_max)
     down = (b - config.gamma_down * r).clamp_min(B_MIN)
-    up = (b + config.gamma_up * rbar[group]).clamp_max(B_MAX)
+    up = (b + config.gamma_up * rbar[group]).clamp_max(b_max)
     return torch.where(freq > ceiling, down, torch.where(freq < config.eps, up, b))
 
 

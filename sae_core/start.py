@@ -33,7 +33,8 @@ def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> Tra
         state.group = gba.assign_groups(sae.d_sae, config.gba.n_groups).to(u.device)
         state.taf = gba.group_targets(config.gba, sae.config.k, sae.d_sae).to(u.device)
         if config.gba.start == "quantile":
-            sae.b_enc.copy_(-data_thresholds(sae, u, state.taf[state.group]).clamp(0, 1))
+            threshold = data_thresholds(sae, u, state.taf[state.group])
+            sae.b_enc.copy_((-threshold).clamp(gba.B_MIN, gba.B_MAX[config.gba.rule]))
     elif sae.config.kind == "jumprelu":
         freq = torch.full((sae.d_sae,), min(0.5, sae.config.k / sae.d_sae), dtype=torch.float64)
         sae.threshold.copy_(data_thresholds(sae, u, freq.to(u.device)).clamp_min(0))
@@ -42,7 +43,7 @@ def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> Tra
 
 
 @torch.no_grad()
-def data_thresholds(sae: SAE, u: Tensor, freq: Tensor, chunk: int = 512) -> Tensor:
+def data_thresholds(sae: SAE, u: Tensor, freq: Tensor, chunk: int = 256) -> Tensor:
     """Data thresholds at the wanted frequencies, `chunk` latents at a time to bound memory."""
     centred = u - sae.b_dec
     return torch.cat([
@@ -56,4 +57,4 @@ def calibrate(sae: SAE, x: Float[Tensor, "n d_in"], state: TrainState) -> None:
     """Lower each bias to the ceiling measured on x with frozen weights (never raise one)."""
     u, _ = sae.normalise(x)
     ceiling = data_thresholds(sae, u, state.taf[state.group])
-    sae.b_enc.copy_(torch.minimum(sae.b_enc, -ceiling.clamp(0, 1)))
+    sae.b_enc.copy_(torch.minimum(sae.b_enc, -ceiling.clamp_max(-gba.B_MIN)))

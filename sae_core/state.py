@@ -25,7 +25,7 @@ class TrainConfig:
     """Peak learning rate (None: `default_lr`)."""
     warmup_frac: float = 0.05
     """Share of the steps with a linearly rising learning rate."""
-    decay_frac: float = 0.2
+    decay_frac: float = 0.5
     """Share of the steps, at the end, with a linearly falling learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
@@ -77,7 +77,7 @@ class TrainState:
 
 def default_lr(kind: str, d_sae: int) -> float:
     """Peak rate that did best in benchmarks/sae_quality.py; falls as 1/sqrt(d_sae) above 16,384."""
-    base = {"gba": 1e-3, "topk": 1e-3, "batch_topk": 1e-3, "jumprelu": 1e-3, "relu": 1e-3}[kind]
+    base = {"gba": 8e-3, "topk": 4e-3, "batch_topk": 4e-3, "jumprelu": 4e-3, "relu": 2e-3}[kind]
     return base / max(1.0, sqrt(d_sae / 2**14))
 
 

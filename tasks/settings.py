@@ -109,7 +109,10 @@ class TrainSettings:
     """steps and seed are set from the run's tokens, epochs and seed."""
 
     def __post_init__(self) -> None:
-        self.sae_config(d_in=1)  # refuse a bad value before anything is loaded
+        # Refuse a bad value before anything is loaded; where d_sae follows from the model's width,
+        # any width that holds k will do here, and ``check`` comes again when the width is known.
+        d_in = max(1, int(self.sae.get("k", SAEConfig.k)))
+        self.check(d_in, is_known=bool(self.sae.get("d_sae")))
         if self.harvest.max_tokens is not None:
             raise UserError(
                 f"harvest.max_tokens is set by tokens, got {self.harvest.max_tokens} beside it."
@@ -119,6 +122,17 @@ class TrainSettings:
     def max_tokens(self) -> int | None:
         """Training tokens to read; None: all."""
         return None if self.run.tokens == "all" else token_count(self.run.tokens)
+
+    def check(self, d_in: int, *, is_known: bool = True) -> None:
+        """Raises:
+        UserError: the SAE's settings, or its target frequencies, do not fit each other.
+        """
+        from sae_core.gba import assign_groups, group_targets
+
+        config = self.sae_config(d_in)
+        if is_known and config.kind == "gba":
+            assign_groups(config.d_sae, self.train.gba.n_groups)
+            group_targets(self.train.gba, config.k, config.d_sae)
 
     def sae_config(self, d_in: int) -> SAEConfig:
         values = dict(self.sae)

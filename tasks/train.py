@@ -161,6 +161,7 @@ def open_inputs(settings: "TrainSettings", *, accept_terms: bool = False) -> Inp
     lm = open_model(settings.model, accept_terms=accept_terms)
     hook_point = settings.hook_point(lm)
     resolve_hook_point(lm.model, hook_point)
+    settings.check(d_in=lm.d_model)
     return Inputs(lm, hook_point, rows, held_out, source.id)
 
 

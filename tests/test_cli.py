@@ -47,7 +47,18 @@ def arguments(stories260k: Path, text: Path) -> list[str]:
     """A run of a second: two shards of training tokens, 60 steps, checkpoints every 20."""
     return [
         *("--model", str(stories260k), "--text", str(text), "--tokens", "10k"),
-        *("--d-sae", "128", "--batch-size", "256", "--epochs", "1.55", "--context-size", "64"),
+        *(
+            "--d-sae",
+            "128",
+            "--k",
+            "8",
+            "--batch-size",
+            "256",
+            "--epochs",
+            "1.55",
+            "--context-size",
+            "64",
+        ),
         *("--eval-tokens", "1k", "--loss-tokens", "300", "--checkpoint-every", "20"),
         *("--train.log_every", "5", "--quiet"),
     ]
@@ -207,14 +218,14 @@ def test_preset_is_a_default_that_flags_override(tmp_path: Path) -> None:
     settings, _ = parse(["--preset", "paper_main", "--ltf", "0.002", "--sae.tied"])
     gba = settings.train.gba
     assert (gba.period, gba.start, gba.ltf, settings.sae["tied"]) == (50, "zero", 0.002, True)
-    assert parse([])[0].train.gba.start == "quantile"
+    plain, _ = parse([])
+    assert plain.train.gba.start == "quantile"
+    assert plain.sae_config(576).d_sae == 4608  # eight times the width where none is asked for
 
 
 def test_every_kind_trains(arguments: list[str], tmp_path: Path) -> None:
-    extra = {"topk": ["--k", "8"], "batch_topk": ["--k", "8"], "relu": ["--l0", "8"]}
-    extra["jumprelu"] = ["--l0", "8"]
-    for kind, flags in extra.items():
-        short = ["--kind", kind, *flags, "--epochs", "0.2", "--out", str(tmp_path / kind)]
+    for kind in ("topk", "batch_topk", "relu", "jumprelu"):
+        short = ["--kind", kind, "--epochs", "0.2", "--out", str(tmp_path / kind)]
         assert main(["train", *arguments, *short]) == 0
         found = results(tmp_path / kind)
         assert found["kind"] == kind and found["groups"] == [] and found["fvu"] < 1.5
@@ -402,6 +413,8 @@ BAD_INPUT = {
     "wrong choice": (["--kind", "gab"], ["gba"]),
     "k above d_sae": (["--kind", "topk", "--k", "500"], ["500", "128"]),
     "rate above one": (["--htf", "1.5"], ["1.5"]),
+    "targets above one": (["--k", "100"], ["k=100", "d_sae=128"]),
+    "more groups than latents": (["--groups", "129"], ["128", "129"]),
     "no held-out rows": (["--text.held_out_frac", "0"], ["held_out_frac"]),
     "context too long": (["--harvest.batch_tokens", "32"], ["64", "32"]),
     "no such device": (["--device", "tpu9"], ["tpu9"]),
@@ -688,7 +701,7 @@ def test_inspect_shows_latents_with_their_texts(
     assert len(found["latents"]) == 4
     for card in found["latents"]:
         assert card["texts"] and 0 <= card["freq"] <= 1 and 0 < card["freq_rows"] <= 1
-        assert card["taf"] <= 0.1 and card["max_act"] > 0
+        assert 0 < card["taf"] <= 0.2 and card["max_act"] > 0
         for shown in card["texts"]:
             assert len(shown["tokens"]) == len(shown["acts"]) and max(shown["acts"]) > 0
     latent = found["latents"][0]["latent"]
@@ -775,6 +788,12 @@ def test_the_demo_is_a_recipe_over_the_same_functions(
     before = files(out)
     assert demo.demo_run(settings, StopSignal(), quiet=True) == found
     assert files(out) == before
+
+
+def test_settings_need_no_argument() -> None:
+    from sae_apps.tasks.settings import TrainSettings
+
+    assert TrainSettings().sae_config(64).d_sae == 512
 
 
 def test_the_demo_recipe_is_what_is_promised() -> None:

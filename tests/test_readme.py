@@ -1,0 +1,67 @@
+"""The README's code runs, its commands parse, its tables are those of benchmarks/results."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^sae-apps .*(?:\\\n.*)*", README, re.MULTILINE)
+
+
+def test_there_is_something_to_check():
+    assert len(BLOCKS) >= 3 and len(COMMANDS) >= 3 and "<!-- table:" in README
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if "runs/demo" not in b])
+def test_code_blocks_run(block, capsys):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_block_on_a_finished_run(tmp_path, monkeypatch):
+    import numpy as np
+    import pyarrow as pa
+    from scipy import sparse
+
+    from sae_core import SAE, Provenance, SAEConfig, SparseFeatures, save_features, save_sae
+
+    monkeypatch.chdir(tmp_path)
+    dense = np.eye(16, dtype=np.float32)[:10] * 2 + np.eye(16, k=3, dtype=np.float32)[:10]
+    rows = pa.table({"row_id": np.arange(10), "text": [f"text {i}" for i in range(10)]})
+    provenance = Provenance("m", "r", "layers.1.out", "h", "d", "0", "v")
+    acts = sparse.csr_array(dense)
+    save_sae(tmp_path / "runs/demo/sae", SAE(SAEConfig(4, 16, k=2)))
+    save_features(tmp_path / "runs/demo/features", SparseFeatures(acts, rows, provenance))
+    (block,) = [b for b in BLOCKS if "runs/demo" in b]
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["rows"].tolist() == [9] and names["latents"].tolist() == [9, 12]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command, capsys):
+    from sae_apps.tasks.main import main
+
+    flags = shlex.split(command.replace("\\\n", " "))[1:]
+    assert _code(main, [*flags, "--print-config"]) == 0
+    assert "run" in capsys.readouterr().out
+    assert _code(main, [*flags, "--no-such-flag", "1"]) == 2
+
+
+def _code(main, flags) -> int:
+    try:
+        return main(flags)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_tables_are_those_of_the_results():
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tables", "--check"], cwd=ROOT, capture_output=True
+    )
+    assert run.returncode == 0, run.stderr.decode()
