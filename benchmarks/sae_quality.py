@@ -170,6 +170,7 @@ def ablation(data: Data, size: str) -> Iterator[dict[str, Any]]:
         "published rule": (replace(base, rule="published"), {}),
         "published rule, published frequencies": (replace(base, rule="published", **wide), {}),
         "frozen b_dec": (replace(base, centre="mean"), {}),
+        "biases at most 0": (replace(base, b_max=0.0), {}),
         "relu gate": (base, {"gate": "relu"}),
         "tied": (base, {"tied": True}),
         "period 10": (replace(base, period=10), {}),
@@ -189,7 +190,7 @@ def ablation(data: Data, size: str) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Run the table or the ablation."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Quality of every kind of SAE.")
     parser.add_argument("--size", choices=TOKENS, default="reduced")
     parser.add_argument("--ablation", action="store_true")
     args = parser.parse_args()

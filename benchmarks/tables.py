@@ -91,7 +91,7 @@ def render(name: str) -> str:
 
 def main() -> None:
     """Rewrite or check the README."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write the README's tables.")
     parser.add_argument("--check", action="store_true")
     readme = ROOT / "README.md"
     old = readme.read_text()

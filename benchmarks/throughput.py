@@ -38,7 +38,7 @@ KINDS = ("gba", "topk", "batch_topk", "jumprelu", "relu")
 
 def main() -> None:
     """Run the three parts and write results/throughput.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Speed of harvest and training.")
     parser.add_argument("--size", choices=SIZES, default="reduced")
     parser.add_argument("--harvest-only", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -111,10 +111,9 @@ def _read(path: Path, config: TrainConfig, device: torch.device | str) -> tuple[
     firing = FiringStats(sae.d_sae, device)
     firing.count, firing.peak = tensors["firing.count"], tensors["firing.peak"]
     firing.n_tokens = scalars.pop("firing_tokens")
-    state = TrainState(
-        **scalars, firing=firing, optimizer=make_optimizer(sae, config),
-        **{name: tensors[name] for name in ("group", "taf", "tokens_since")},
-    )  # fmt: skip
+    state = TrainState(**scalars, firing=firing, optimizer=make_optimizer(sae, config))
+    state.group, state.taf = tensors["group"], tensors["taf"]
+    state.tokens_since = tensors["tokens_since"]
     _restore_adam(sae, state, tensors)
     return sae, state
 

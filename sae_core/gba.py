@@ -9,14 +9,14 @@ activation frequency (TAF) of the group of m, rbar_k the mean of the positive r_
 
 The printed algorithm shows "v 0" (max) in the second rule; only min keeps b in [-1, 0]. That is
 `rule="published"`. The default, `rule="proportional"`, moves both ways at every step in proportion
-to the error, so that a latent is held *at* its target, and lets b rise to 1:
+to the error, so that a latent is held *at* its target:
 
     b_m <- b_m + gamma * (1 - q_m / p_k) * (rbar_k if q_m < p_k else r_m),  1 - q/p kept in [-4, 1]
 
-Other deviations, each a switch of `GBAConfig`: biases start at the data's (1 - p_k) quantile, not at
-0 (`start`); targets span one decade and sum to the SAE's k unless htf and ltf are given; after
+Other deviations, each a switch of `GBAConfig`: biases start at the data's (1 - p_k) quantile, not
+at 0 (`start`); targets span one decade and sum to the SAE's k unless htf and ltf are given; after
 the last step biases are lowered to the ceiling measured with frozen weights (`calibrate_tokens`).
-With b <= 0 a learned b_dec (`centre`) strands latents that b can no longer wake; b <= 1 frees them.
+b may rise to 1 (`b_max`): with b <= 0 a learned b_dec strands latents that b can no longer wake.
 benchmarks/LOG.md has the measurements behind each choice.
 """
 
@@ -31,7 +31,8 @@ from sae_core.errors import UserError
 from sae_core.firing import Firing
 
 MAX_SHARE = 4.0  # a burst of firing in one buffer moves a bias by at most 4 steps
-B_MIN, B_MAX = -1.0, {"published": 0.0, "proportional": 1.0}  # |w'u| <= 1 for unit vectors
+B_MIN = -1.0  # |w'u| <= 1 for unit vectors
+EPS = 1e-6  # the paper's resurrection floor, value unknown: "did not fire in the buffer"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class GBAConfig:
     """Step of the ceiling rule, as a share of the latent's head-room r_m."""
     gamma_up: float = 0.03
     """Step of the resurrection rule, as a share of the group's mean head-room."""
-    eps: float = 1e-6
-    """A latent that fires on a smaller share of the buffer is raised."""
     rule: Literal["proportional", "published"] = "proportional"
     """Steps in proportion to 1 - q/p in both directions, or the published one-sided rule."""
     period: int = 1
     """Optimiser steps between controller updates."""
+    b_max: float = 1.0
+    """Largest bias (published: 0)."""
     start: Literal["quantile", "zero"] = "quantile"
     """Biases at the first step: the data's (1 - p_k) quantile, or 0 as published."""
     centre: Literal["learned", "mean"] = "learned"
@@ -85,7 +86,7 @@ class GBAConfig:
 
 def _published(n_groups: int, htf: float, ltf: float) -> GBAConfig:
     return GBAConfig(
-        n_groups, htf, ltf, gamma_down=0.01, gamma_up=0.01, rule="published", period=50,
+        n_groups, htf, ltf, gamma_down=0.01, gamma_up=0.01, rule="published", period=50, b_max=0.0,
         start="zero", centre="learned", calibrate_tokens=0,
     )  # fmt: skip
 
@@ -155,9 +156,8 @@ def bias_update(
         group: group of each latent, 0..K-1.
         taf: target frequency of each group.
     Returns:
-        New biases in [-1, 0] (published) or [-1, 1].
+        New biases in [-1, b_max].
     """
-    b_max = B_MAX[config.rule]
     r = peak.clamp_min(0).to(b.dtype)
     total = torch.zeros(len(taf), dtype=b.dtype, device=b.device).index_add_(0, group, r)
     n_live = torch.zeros_like(total).index_add_(0, group, (r > 0).to(b.dtype))
@@ -166,10 +166,10 @@ def bias_update(
     if config.rule == "proportional":
         share = (1 - freq / ceiling).clamp(-MAX_SHARE, 1).to(b.dtype)
         step = torch.where(share < 0, config.gamma_down * r, config.gamma_up * rbar[group])
-        return (b + share * step).clamp(B_MIN, b_max)
+        return (b + share * step).clamp(B_MIN, config.b_max)
     down = (b - config.gamma_down * r).clamp_min(B_MIN)
-    up = (b + config.gamma_up * rbar[group]).clamp_max(b_max)
-    return torch.where(freq > ceiling, down, torch.where(freq < config.eps, up, b))
+    up = (b + config.gamma_up * rbar[group]).clamp_max(config.b_max)
+    return torch.where(freq > ceiling, down, torch.where(freq < EPS, up, b))
 
 
 def quantile_thresholds(pre: Float[Tensor, "n m"], freq: Float[Tensor, "m"]) -> Float[Tensor, "m"]:

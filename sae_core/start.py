@@ -34,7 +34,7 @@ def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> Tra
         state.taf = gba.group_targets(config.gba, sae.config.k, sae.d_sae).to(u.device)
         if config.gba.start == "quantile":
             threshold = data_thresholds(sae, u, state.taf[state.group])
-            sae.b_enc.copy_((-threshold).clamp(gba.B_MIN, gba.B_MAX[config.gba.rule]))
+            sae.b_enc.copy_((-threshold).clamp(gba.B_MIN, config.gba.b_max))
     elif sae.config.kind == "jumprelu":
         freq = torch.full((sae.d_sae,), min(0.5, sae.config.k / sae.d_sae), dtype=torch.float64)
         sae.threshold.copy_(data_thresholds(sae, u, freq.to(u.device)).clamp_min(0))

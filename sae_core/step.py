@@ -105,7 +105,7 @@ def _track_threshold(sae: SAE, codes: Codes, state: TrainState, rate: float = 0.
     """BatchTopK's inference threshold: running mean of the smallest active value of each batch."""
     smallest = codes.values.min() if codes.values.numel() else sae.threshold[0]
     weight = max(rate, 1 / state.step)
-    sae.threshold += weight * (smallest - sae.threshold)
+    sae.threshold.add_(weight * (smallest - sae.threshold))
 
 
 @torch.no_grad()

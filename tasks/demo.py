@@ -146,8 +146,11 @@ def write_page(path: Path, out: Path, results: dict[str, Any], cards: list[dict[
 
     sections = [
         overview_section(results),
-        training_section(read_metrics(RunFolder(out).metrics_file)),
-        frequencies_section(results["groups"]),
+        training_section(
+            read_metrics(RunFolder(out).metrics_file),
+            dead_window_tokens=results["dead_after_tokens"],
+        ),
+        frequencies_section(results["groups"], n_tokens=results["n_eval_tokens"]),
         latents_section(cards),
     ]
     subtitle = (

@@ -178,6 +178,8 @@ def train_run(
         UserError: bad input, or the folder holds another run.
         Interrupted: SIGINT or SIGTERM came; the same call continues.
     """
+    from sae_core.step import dead_after_tokens
+
     from .settings import need_out
 
     start = time.monotonic()
@@ -206,6 +208,7 @@ def train_run(
         "steps": state.step,
         "n_tokens": state.tokens,
         "n_stored_tokens": stored.n_tokens,
+        "dead_after_tokens": dead_after_tokens(training_config(settings, stored.n_tokens)),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "wall_seconds": round(seconds["total"], 2),
         "peak_memory_bytes": peak_memory(),

@@ -16,7 +16,7 @@ from sae_core.sae import SAE, SAEConfig
 from sae_core.train import TrainConfig, TrainState, train
 
 CONFIG = GBAConfig(
-    n_groups=2, htf=0.5, ltf=0.1, gamma_down=0.1, gamma_up=0.2, eps=0.01, rule="published"
+    n_groups=2, htf=0.5, ltf=0.1, gamma_down=0.1, gamma_up=0.2, b_max=0.0, rule="published"
 )
 TAF = torch.tensor([0.5, 0.1], dtype=torch.float64)
 
@@ -69,6 +69,7 @@ def test_hand_computed_cases_of_the_proportional_rule():
     assert b == pytest.approx([-0.308, -0.3, -0.42, -0.28, -0.06], abs=1e-12)
 
 
+@pytest.mark.parametrize("b_max", [0.0, 1.0])
 @pytest.mark.parametrize("rule", ["published", "proportional"])
 @given(
     st.lists(
@@ -78,10 +79,10 @@ def test_hand_computed_cases_of_the_proportional_rule():
         min_size=1, max_size=12,
     )
 )  # fmt: skip
-def test_biases_never_leave_their_clamp(rule, latents):
-    config = dataclasses.replace(CONFIG, rule=rule)
+def test_biases_never_leave_their_clamp(rule, b_max, latents):
+    config = dataclasses.replace(CONFIG, rule=rule, b_max=b_max)
     b = update(*[list(column) for column in zip(*latents, strict=True)], config)
-    assert all(-1 <= value <= (0 if rule == "published" else 1) for value in b)
+    assert all(-1 <= value <= b_max for value in b)
 
 
 def test_target_frequencies_are_geometric():

@@ -31,8 +31,9 @@ def overview_section(results: Mapping[str, Any]) -> Section:
 
     Args:
         results: plain values; what is absent, None or NaN is shown as a dash.
-            Quality: fvu, l0, alive_frac (or dead_fraction), recovered_zero, recovered_mean (the
-            last two and ce_clean, ce_sae, ce_zero [nats/token] may sit in ``loss_recovered``),
+            Quality: fvu, fvu_raw, l0, alive_frac (or dead_fraction), recovered_zero,
+            recovered_mean (the last two and ce_clean, ce_sae, ce_zero [nats/token] may sit in
+            ``loss_recovered``),
             n_eval_tokens [tokens], dead_window_tokens [tokens].
             Setting: model_id, hook_point, kind, d_in, d_sae, n_tokens [tokens seen in training],
             n_rows, wall_seconds [s], peak_memory_bytes, machine, seed.
@@ -77,8 +78,8 @@ def _headline(values: Mapping[str, Any]) -> list[Fact]:
         Fact(
             "Variance left unexplained (FVU)",
             number(values.get("fvu")),
-            "The part of the activations that the reconstruction misses. "
-            "0 is perfect, 1 is no better than their mean.",
+            f"The part of the activations that the reconstruction misses. "
+            f"0 is perfect, 1 is no better than their mean.{_raw_note(values)}",
         ),
         Fact(
             "Active latents per token (L0)",
@@ -88,6 +89,15 @@ def _headline(values: Mapping[str, Any]) -> list[Fact]:
         Fact("Latents alive", percent(alive), f"The share of latents that fired {when}."),
         Fact("Loss recovered", percent(values.get("recovered_zero")), recovered),
     ]
+
+
+def _raw_note(values: Mapping[str, Any]) -> str:
+    if finite(values.get("fvu_raw")) is None:
+        return ""
+    return (
+        " Measured on tokens scaled to unit norm; on the activations as they are it is "
+        f"{number(values['fvu_raw'])}."
+    )
 
 
 def _setting(values: Mapping[str, Any]) -> list[Fact]:
