@@ -53,7 +53,8 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
             raise UserError(f"d_in and d_sae must be positive, got {self.d_in} and {self.d_sae}.")
-        if not 1 <= self.k <= self.d_sae:
+        most = self.d_sae if self.kind in ("topk", "batch_topk") else self.k
+        if not 1 <= self.k <= most:
             raise UserError(f"k must lie between 1 and d_sae={self.d_sae}, got {self.k}.")
         if self.tied and self.kind != "gba":
             raise UserError(f"tied=True is defined for kind='gba', got kind={self.kind!r}.")
