@@ -166,6 +166,28 @@ def test_the_ceiling_is_kept_after_training_and_the_bias_has_no_gradient():
     assert (free.compute().freq > 1.15 * ceiling).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("rule", ["published", "proportional"])
+def test_the_controller_alone_keeps_the_ceiling_at_fixed_weights(rule):
+    generator = torch.Generator().manual_seed(5)
+    pre = torch.randn(20_000, 40, dtype=torch.float64, generator=generator) * 0.2
+    group, taf = gba.assign_groups(40, 2), TAF
+    config = dataclasses.replace(CONFIG, rule=rule, gamma_down=0.02, gamma_up=0.02)
+    b = torch.zeros(40, dtype=torch.float64)
+    assert (
+        (pre + b > 0).double().mean(0)[20:] > 4 * taf[1]
+    ).all()  # the ceiling is broken at first
+    for _ in range(400):
+        y = pre + b
+        freq, peak = (y > 0).double().mean(0), y.max(0).values
+        b = bias_update(b, freq, peak, group, taf, config)
+    freq = (pre + b > 0).double().mean(0)
+    ceiling = taf[group]
+    assert (freq <= 1.05 * ceiling).all()
+    # a published latent stays wherever it fell below its ceiling, a proportional one returns to it;
+    # in group 0 (a half) b = 0 is the clamp, and every second latent fires a little less than that
+    assert (freq[20:] >= (0.8 if rule == "published" else 0.95) * ceiling[20:]).all()
+
+
 def test_groups_report_what_was_asked_and_what_came():
     freq = torch.tensor([0.1, 0.2, 0.0, 0.05])
     group, taf = torch.tensor([0, 0, 1, 1]), torch.tensor([0.15, 0.05])
