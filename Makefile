@@ -36,6 +36,7 @@ type: $(STAMP) ## pyright
 bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks/results
 	$(BIN)/python -m benchmarks.throughput --size reduced
 	$(BIN)/python -m benchmarks.sae_quality --size reduced
+	$(BIN)/python -m benchmarks.sae_quality --size reduced --ablation
 
 tables: $(STAMP) ## write the README's tables from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
