@@ -57,14 +57,24 @@ def commit() -> str:
 
 
 def write_result(
-    name: str, rows: Sequence[dict[str, Any]], goals: Sequence[Goal], started: float
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    goals: Sequence[Goal],
+    started: float,
+    *,
+    merge: bool = False,
 ) -> Path:
     """Write results/<name>.json and print it as a table.
 
     Args:
         rows: flat records.
         started: `time.time()` at the beginning of the suite.
+        merge: add to the rows of the last result, replacing those of the same name.
     """
+    path = RESULTS / f"{name}.json"
+    if merge and path.exists():
+        new = {row["name"] for row in rows}
+        rows = [r for r in json.loads(path.read_text())["rows"] if r["name"] not in new] + [*rows]
     module = sys.modules["__main__"].__spec__
     command = f"python -m {module.name if module else name} {' '.join(sys.argv[1:])}".strip()
     result = {
@@ -75,7 +85,6 @@ def write_result(
         "goals": [asdict(goal) for goal in goals],
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
     atomic_write_text(path, json.dumps(result, indent=1) + "\n")
     print(table(rows))
     for goal in goals:

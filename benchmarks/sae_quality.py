@@ -160,8 +160,8 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
     return found
 
 
-def ablation(data: Data, size: str) -> Iterator[dict[str, Any]]:
-    """One choice changed at a time, at the default learning rate."""
+def ablation(data: Data, size: str, only: list[str]) -> Iterator[dict[str, Any]]:
+    """One choice changed at a time, at the default learning rate; `only` some of them."""
     base = GBAConfig()
     wide = {"htf": 0.1, "ltf": 0.001}
     variants = {
@@ -171,7 +171,8 @@ def ablation(data: Data, size: str) -> Iterator[dict[str, Any]]:
         "published rule, published frequencies": (replace(base, rule="published", **wide), {}),
         "frozen b_dec": (replace(base, centre="mean"), {}),
         "biases at most 0": (replace(base, b_max=0.0), {}),
-        "relu gate": (base, {"gate": "relu"}),
+        "relu gate": (replace(base, centre="learned"), {"gate": "relu"}),
+        "relu gate, frozen b_dec": (base, {"gate": "relu"}),
         "tied": (base, {"tied": True}),
         "period 10": (replace(base, period=10), {}),
         "gamma 0.01": (replace(base, gamma_down=0.01, gamma_up=0.01), {}),
@@ -183,6 +184,8 @@ def ablation(data: Data, size: str) -> Iterator[dict[str, Any]]:
         "preset paper_recommended": (paper_recommended(), {"tied": True}),
     }
     for name, (gba, shape) in variants.items():
+        if only and name not in only:
+            continue
         sae, config = configs("gba", 64, 1e-3, size)
         config = replace(config, lr=None, gba=gba)
         yield run(data, replace(sae, **shape), config, name)[0]
@@ -193,12 +196,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quality of every kind of SAE.")
     parser.add_argument("--size", choices=TOKENS, default="reduced")
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="variants to put into the last result"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.time()
     data = prepare(args.size)
     if args.ablation:
-        write_result("gba_ablation", list(ablation(data, args.size)), [], started)
+        found = list(ablation(data, args.size, args.only))
+        write_result("gba_ablation", found, [], started, merge=bool(args.only))
         return
     rows = list(table_rows(data, args.size))
     cells = [row for row in rows if row["loss_recovered"] is not None]

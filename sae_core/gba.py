@@ -17,6 +17,7 @@ Other deviations, each a switch of `GBAConfig`: biases start at the data's (1 - 
 at 0 (`start`); targets span one decade and sum to the SAE's k unless htf and ltf are given; after
 the last step biases are lowered to the ceiling measured with frozen weights (`calibrate_tokens`).
 b may rise to 1 (`b_max`): with b <= 0 a learned b_dec strands latents that b can no longer wake.
+With the gate relu a learned b_dec runs away (nothing bounds it), so it is frozen there.
 benchmarks/LOG.md has the measurements behind each choice.
 """
 
@@ -59,8 +60,9 @@ class GBAConfig:
     """Largest bias (published: 0)."""
     start: Literal["quantile", "zero"] = "quantile"
     """Biases at the first step: the data's (1 - p_k) quantile, or 0 as published."""
-    centre: Literal["learned", "mean"] = "learned"
-    """b_dec: learned from the mean of the (normalised) data, or frozen there."""
+    centre: Literal["auto", "learned", "mean"] = "auto"
+    """b_dec: learned from the mean of the (normalised) data, or frozen there; auto: learned for
+    the gate jumprelu, frozen for relu, where a learned one runs away."""
     calibrate_tokens: int = 131072
     """Tokens for the final ceiling check at frozen weights (0: none)."""
 

@@ -12,8 +12,10 @@ from sae_core.state import TrainConfig, TrainState
 
 def make_optimizer(sae: SAE, config: TrainConfig) -> torch.optim.Adam:
     """Fused Adam over what the gradient step owns: b_enc of kind gba is not among it."""
-    learned_centre = sae.config.kind != "gba" or config.gba.centre == "learned"
-    sae.b_dec.requires_grad_(learned_centre)
+    centre = config.gba.centre
+    if centre == "auto":
+        centre = "learned" if sae.config.gate == "jumprelu" else "mean"
+    sae.b_dec.requires_grad_(sae.config.kind != "gba" or centre == "learned")
     parameters = [p for p in sae.parameters() if p.requires_grad]
     return torch.optim.Adam(parameters, lr=0.0, betas=config.betas, fused=True)
 
