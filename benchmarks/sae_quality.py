@@ -182,12 +182,14 @@ def ablation(data: Data, size: str, only: list[str]) -> Iterator[dict[str, Any]]
         "no calibration": (replace(base, calibrate_tokens=0), {}),
         "preset paper_main": (paper_main(), {"tied": True}),
         "preset paper_recommended": (paper_recommended(), {"tied": True}),
+        "preset paper_main, learning rate 0.001": (paper_main(), {"tied": True}, 1e-3),
+        "preset paper_recommended, learning rate 0.001": (paper_recommended(), {"tied": True}, 1e-3),
     }
-    for name, (gba, shape) in variants.items():
+    for name, (gba, shape, *lr) in variants.items():
         if only and name not in only:
             continue
         sae, config = configs("gba", 64, 1e-3, size)
-        config = replace(config, lr=None, gba=gba)
+        config = replace(config, lr=lr[0] if lr else None, gba=gba)
         yield run(data, replace(sae, **shape), config, name)[0]
 
 
