@@ -182,8 +182,8 @@ def ablation(data: Data, size: str, only: list[str]) -> Iterator[dict[str, Any]]
         "no calibration": (replace(base, calibrate_tokens=0), {}),
         "preset paper_main": (paper_main(), {"tied": True}),
         "preset paper_recommended": (paper_recommended(), {"tied": True}),
-        "preset paper_main, learning rate 0.001": (paper_main(), {"tied": True}, 1e-3),
-        "preset paper_recommended, learning rate 0.001": (paper_recommended(), {"tied": True}, 1e-3),
+        "preset paper_main, lr 0.001": (paper_main(), {"tied": True}, 1e-3),
+        "preset paper_recommended, lr 0.001": (paper_recommended(), {"tied": True}, 1e-3),
     }
     for name, (gba, shape, *lr) in variants.items():
         if only and name not in only:
