@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sae_core.errors import UserError
 
@@ -61,6 +61,21 @@ def _is_full(path: Path) -> bool:
     return shutil.disk_usage(place).free < _MIB
 
 
+@contextmanager
+def replaced_file(path: Path, temp: Path) -> Iterator[IO[bytes]]:
+    """A file written as ``temp``, on the disk and renamed to ``path`` when the block ends well."""
+    try:
+        with open(temp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 file so that its name holds the old text or the new one, never a part.
 
@@ -72,16 +87,8 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path)
-        try:
-            with open(temp, "x", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, path)
-        except BaseException:
-            temp.unlink(missing_ok=True)
-            raise
-        fsync(path.parent)
+        with replaced_file(path, temp) as file:
+            file.write(text.encode())
 
 
 def append_jsonl(path: str | os.PathLike[str], record: dict[str, Any]) -> None:

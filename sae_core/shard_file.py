@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_core.activations import Activations
-from sae_core.disk import fsync
+from sae_core.disk import replaced_file
 from sae_core.errors import CorruptFileError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,20 +64,11 @@ def write_shard(path: Path, parts: list[dict[str, Activations]], dtype: str) -> 
 
 def _write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
     """Write a file under another name, wait for the disk, rename; its sha256."""
-    temp = path.with_name(f".{path.name}.tmp")
     digest = hashlib.sha256()
-    try:
-        with open(temp, "wb") as file:
-            for block in blocks:
-                file.write(block)
-                digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)
+    with replaced_file(path, path.with_name(f".{path.name}.tmp")) as file:
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -28,7 +28,11 @@ def test_code_blocks_run(block, capsys):
             load_model("smollm2-135m")
         except UserError as error:
             pytest.skip(f"The embedded model cannot be had here: {error}")
-    exec(compile(block, "README.md", "exec"), {})
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    last = block.strip().splitlines()[-1]
+    assert "print" not in last or capsys.readouterr().out
+    assert len(names) > 1, "the block defines something"
 
 
 def test_the_block_on_a_finished_run(tmp_path, monkeypatch):

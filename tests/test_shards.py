@@ -328,7 +328,7 @@ def test_nan_names_the_row_and_keeps_the_finished_shards(
 def test_a_full_disk_is_one_sentence_and_can_be_resumed(
     tiny_lm: LanguageModel, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sae_core.shard_file as shard_file
+    from sae_core import disk
 
     calls = 0
 
@@ -339,7 +339,7 @@ def test_a_full_disk_is_one_sentence_and_can_be_resumed(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_file.os, "fsync", full)
+        patch.setattr(disk.os, "fsync", full)
         with pytest.raises(UserError, match="disk that holds .* is full"):
             harvest(tiny_lm, tmp_path / "x")
     assert not list((tmp_path / "x").glob("*.tmp")) + list((tmp_path / "x").glob(".*.tmp"))
