@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -56,6 +57,18 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A result with further rows: those of the same name replaced, both commands named."""
+    names = {row["name"] for row in new["rows"]}
+    kept = [row for row in old["rows"] if row["name"] not in names]
+    return new | {
+        "command": f"{old['command']}; {new['command']}",
+        "commit": f"{old['commit']}, {new['commit']}",
+        "seconds": round(old["seconds"] + new["seconds"], 1),
+        "rows": kept + new["rows"],
+    }
+
+
 def write_result(
     name: str,
     rows: Sequence[dict[str, Any]],
@@ -72,21 +85,24 @@ def write_result(
         merge: add to the rows of the last result, replacing those of the same name.
     """
     path = RESULTS / f"{name}.json"
-    if merge and path.exists():
-        new = {row["name"] for row in rows}
-        rows = [r for r in json.loads(path.read_text())["rows"] if r["name"] not in new] + [*rows]
     module = sys.modules["__main__"].__spec__
-    command = f"python -m {module.name if module else name} {' '.join(sys.argv[1:])}".strip()
+    command = f"python -m {module.name if module else name} {shlex.join(sys.argv[1:])}"
     result = {
-        "name": name, "command": command, "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(),
+        "name": name,
+        "command": command.strip(),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
         "versions": package_versions("torch", "transformers", "numpy", "scipy"),
-        "seconds": round(time.time() - started, 1), "rows": list(rows),
+        "seconds": round(time.time() - started, 1),
+        "rows": list(rows),
         "goals": [asdict(goal) for goal in goals],
-    }  # fmt: skip
+    }
+    if merge and path.exists():
+        result = merged(json.loads(path.read_text()), result)
     RESULTS.mkdir(exist_ok=True)
     atomic_write_text(path, json.dumps(result, indent=1) + "\n")
-    print(table(rows))
+    print(table(result["rows"]))
     for goal in goals:
         print(f"{'met    ' if goal.met else 'NOT MET'} {goal.name}: {goal.value:.4g} ({goal.goal})")
     return path

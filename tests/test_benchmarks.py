@@ -48,3 +48,11 @@ def test_results_are_flat_records_with_their_origin():
         assert names | {"rows", "goals"} == set(result)
         assert all(not isinstance(v, (dict, list)) for r in result["rows"] for v in r.values())
         assert result["command"].startswith("python -m benchmarks.")
+
+
+def test_merged_results_replace_rows_by_name_and_keep_both_origins():
+    old = {"command": "a", "commit": "1", "seconds": 2.0, "rows": [{"name": "x"}, {"name": "y"}]}
+    new = {"command": "b", "commit": "2", "seconds": 3.0, "rows": [{"name": "y", "new": 1}]}
+    found = common.merged(old, new)
+    assert found["rows"] == [{"name": "x"}, {"name": "y", "new": 1}]
+    assert (found["command"], found["commit"], found["seconds"]) == ("a; b", "1, 2", 5.0)
