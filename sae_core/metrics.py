@@ -150,7 +150,7 @@ def loss_recovered(
     sums = [0.0] * len(ways)
     n_tokens = 0
     with evaluating(sae), torch.no_grad():
-        for batch in _batches(lm, rows, config):
+        for batch in loss_batches(lm, rows, config):
             for place, way in enumerate(ways):
                 sums[place] += _summed_loss(lm, batch, hook_point, way)
             n_tokens += int(_predicted(batch).sum())
@@ -193,7 +193,7 @@ def _mean_activation(
     return total / n
 
 
-def _batches(
+def loss_batches(
     lm: "LanguageModel", rows: Iterable[TextRow], config: HarvestConfig
 ) -> Iterator[TokenBatch]:
     """Padded batches: one sequence a line, so that the token to predict is the next in the line."""

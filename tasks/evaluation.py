@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .train import Inputs
 
 EVAL_BATCH = 2048  # tokens
-PASSES_A_BATCH = 5  # the mean, then the loss as it is, with the SAE, with zeros, with the mean
+LOSSES = 4  # as it is, with the SAE, with zeros, with the mean
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """FVU, L0, dead fraction, firing frequencies and loss recovered on held-out tokens."""
     from sae_core.gba import group_frequencies
-    from sae_core.metrics import evaluate, loss_recovered
+    from sae_core.metrics import evaluate, loss_batches, loss_recovered
     from sae_core.tokens import count_tokens, token_windows
 
     batches = progress(
@@ -65,8 +65,8 @@ def evaluate_run(
     config = replace(
         settings.harvest, max_tokens=count_tokens(lm.tokenizer, rows, settings.harvest, wanted)
     )
-    n_batches = sum(len(w.batches) for w in token_windows(lm.tokenizer, rows, config))
-    passes = PASSES_A_BATCH * n_batches
+    for_the_mean = sum(len(w.batches) for w in token_windows(lm.tokenizer, rows, config))
+    passes = for_the_mean + LOSSES * sum(1 for _ in loss_batches(lm, rows, config))
     shown = Progress("loss recovered", passes, "passes", enabled=not quiet)
     with shown, counted_passes(lm.model, shown):
         loss = loss_recovered(lm, sae, rows, inputs.hook_point, config)
