@@ -45,7 +45,7 @@ def demo(
             hook="layers.15.out",
             tokens=450_000,
             epochs=3,
-            eval_tokens=32_768,
+            eval_tokens=65_536,
             loss_tokens=6_000,
         ),
         sae={"kind": "gba", "d_sae": 4608},
