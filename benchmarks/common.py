@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,7 +72,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def write_result(
     name: str,
     rows: Sequence[dict[str, Any]],
-    goals: Sequence[Goal],
+    goals: Callable[[list[dict[str, Any]]], list[Goal]],
     started: float,
     *,
     merge: bool = False,
@@ -81,6 +81,7 @@ def write_result(
 
     Args:
         rows: flat records.
+        goals: what the rows promise, merged ones included.
         started: `time.time()` at the beginning of the suite.
         merge: add to the rows of the last result, replacing those of the same name.
     """
@@ -96,14 +97,15 @@ def write_result(
         "versions": package_versions("torch", "transformers", "numpy", "scipy"),
         "seconds": round(time.time() - started, 1),
         "rows": list(rows),
-        "goals": [asdict(goal) for goal in goals],
     }
     if merge and path.exists():
         result = merged(json.loads(path.read_text()), result)
+    found = goals(result["rows"])
+    result["goals"] = [asdict(goal) for goal in found]
     RESULTS.mkdir(exist_ok=True)
     atomic_write_text(path, json.dumps(result, indent=1) + "\n")
     print(table(result["rows"]))
-    for goal in goals:
+    for goal in found:
         print(f"{'met    ' if goal.met else 'NOT MET'} {goal.name}: {goal.value:.4g} ({goal.goal})")
     return path
 

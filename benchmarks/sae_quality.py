@@ -39,6 +39,7 @@ D_SAE = 4608
 BATCH = 1024
 KINDS = ("gba", "topk", "batch_topk", "jumprelu", "relu")
 RATES = {"full": (2e-3, 4e-3, 8e-3), "reduced": (4e-3, 8e-3)}
+L1_RATES = {"full": (5e-4, 1e-3, 2e-3), "reduced": (1e-3, 2e-3)}  # higher ones kill its latents
 TOKENS = {"full": 1_048_576, "reduced": 262_144}
 HELD_OUT = {"full": 131_072, "reduced": 65_536}
 LOSS_TOKENS = {"full": 16_384, "reduced": 4_096}
@@ -118,12 +119,11 @@ def configs(kind: str, l0: int, lr: float, size: str) -> tuple[SAEConfig, TrainC
     return sae, config
 
 
-def table_rows(data: Data, size: str) -> Iterator[dict[str, Any]]:
+def table_rows(data: Data, size: str, kinds: list[str]) -> Iterator[dict[str, Any]]:
     """Search the rate at 64, then the other two L0 at the best rate."""
-    for kind in KINDS:
-        found = [
-            run(data, *configs(kind, 64, lr, size), f"{kind}-64-lr{lr:g}") for lr in RATES[size]
-        ]
+    for kind in kinds:
+        rates = (L1_RATES if kind == "relu" else RATES)[size]
+        found = [run(data, *configs(kind, 64, lr, size), f"{kind}-64-lr{lr:g}") for lr in rates]
         best = min(range(len(found)), key=lambda i: found[i][0]["train_fvu"])  # noqa: B023
         yield from (row for i, (row, _) in enumerate(found) if i != best)
         yield with_loss(data, *found[best])
@@ -141,7 +141,8 @@ def frontier(rows: list[dict[str, Any]], kind: str, l0: float) -> float:
 
 
 def goals(rows: list[dict[str, Any]]) -> list[Goal]:
-    """GBA against the TopK frontier, alive latents, ceilings."""
+    """GBA against the TopK frontier, alive latents, ceilings; at each kind's best rate."""
+    rows = [row for row in rows if row["loss_recovered"] is not None]
     found = []
     for row in (r for r in rows if r["kind"] == "gba"):
         bar = frontier(rows, "topk", row["l0"])
@@ -198,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quality of every kind of SAE.")
     parser.add_argument("--size", choices=TOKENS, default="reduced")
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=[], help="as --only, by kind")
     parser.add_argument(
         "--only", nargs="*", default=[], help="variants to put into the last result"
     )
@@ -207,11 +209,10 @@ def main() -> None:
     data = prepare(args.size)
     if args.ablation:
         found = list(ablation(data, args.size, args.only))
-        write_result("gba_ablation", found, [], started, merge=bool(args.only))
+        write_result("gba_ablation", found, lambda _: [], started, merge=bool(args.only))
         return
-    rows = list(table_rows(data, args.size))
-    cells = [row for row in rows if row["loss_recovered"] is not None]
-    write_result("sae_quality", rows, goals(cells), started)
+    rows = list(table_rows(data, args.size, args.kinds or list(KINDS)))
+    write_result("sae_quality", rows, goals, started, merge=bool(args.kinds))
 
 
 if __name__ == "__main__":

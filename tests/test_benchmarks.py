@@ -9,7 +9,14 @@ from benchmarks import common, sae_quality, tables
 
 
 def row(kind: str, l0: float, fvu: float, **more) -> dict:
-    known = {"name": f"{kind}-{l0}", "kind": kind, "l0": l0, "fvu": fvu, "dead_fraction": 0.0}
+    known: dict = {
+        "loss_recovered": 0.9,
+        "name": f"{kind}-{l0}",
+        "kind": kind,
+        "l0": l0,
+        "fvu": fvu,
+        "dead_fraction": 0.0,
+    }
     return known | {"latents_above_1.1_ceiling": 0, "worst_over_ceiling": 1.0} | more
 
 
