@@ -76,7 +76,10 @@ class TrainState:
 
 
 def default_lr(kind: str, d_sae: int) -> float:
-    """Peak rate that did best in benchmarks/sae_quality.py; falls as 1/sqrt(d_sae) above 16,384."""
+    """Peak rate that did best in benchmarks/results/sae_quality.json (d_sae 4,608, batch 1,024).
+
+    Above 16,384 latents it falls as 1/sqrt(d_sae), the rule of the TopK trainers.
+    """
     base = {"gba": 8e-3, "topk": 4e-3, "batch_topk": 4e-3, "jumprelu": 4e-3, "relu": 2e-3}[kind]
     return base / max(1.0, sqrt(d_sae / 2**14))
 
