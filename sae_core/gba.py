@@ -17,7 +17,7 @@ Other deviations, each a switch of `GBAConfig`: biases start at the data's (1 - 
 at 0 (`start`); targets span one decade and sum to the SAE's k unless htf and ltf are given; after
 the last step biases are lowered to the ceiling measured with frozen weights (`calibrate_tokens`).
 b may rise to 1 (`b_max`): with b <= 0 a learned b_dec strands latents that b can no longer wake.
-With the gate relu a learned b_dec runs away (nothing bounds it), so it is frozen there.
+With the gate relu training collapsed with a learned b_dec, so it is frozen there.
 benchmarks/LOG.md has the measurements behind each choice.
 """
 
@@ -62,7 +62,7 @@ class GBAConfig:
     """Biases at the first step: the data's (1 - p_k) quantile, or 0 as published."""
     centre: Literal["auto", "learned", "mean"] = "auto"
     """b_dec: learned from the mean of the (normalised) data, or frozen there; auto: learned for
-    the gate jumprelu, frozen for relu, where a learned one runs away."""
+    the gate jumprelu, frozen for relu, where training collapsed with a learned one."""
     calibrate_tokens: int = 131072
     """Tokens for the final ceiling check at frozen weights (0: none)."""
 

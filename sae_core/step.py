@@ -16,7 +16,7 @@ def _active_set(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor
     """Active entries with exact pre-activations, and the pre-activations they were chosen from."""
     pre = sae.pre_activations(u, getattr(torch, config.precision))
     if sae.config.kind in ("topk", "batch_topk"):
-        pre = pre.float()  # torch.topk is many times slower on bfloat16 than on float32
+        pre = pre.float()  # ranked in the type of the values
     if sae.config.kind == "jumprelu":  # entries just below the threshold carry its gradient
         codes = nonlinearity.jumprelu(pre, sae.threshold - config.sparsity.bandwidth / 2)
     else:
