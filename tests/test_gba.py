@@ -156,7 +156,7 @@ def test_the_ceiling_is_kept_after_training_and_the_bias_has_no_gradient():
     stats.update(sae.encode_sparse(planted(100_000, 2)))
     ceiling = state.taf[state.group]
     freq = stats.compute().freq
-    # sampling on both sides: 0.02 on 100,000 tokens has a standard error of 2%, 64 latents are tried
+    # sampling on both sides: 0.02 on 100,000 tokens has a standard error of 2%; 64 latents
     assert (freq <= 1.15 * ceiling).all()
     assert records[-1].l0 < float(ceiling.sum()) * 1.05
     assert sae.b_enc.grad is None and not sae.b_enc.requires_grad
