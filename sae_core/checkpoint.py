@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_core.errors import CorruptFileError, UserError
 from sae_core.firing import FiringStats
+from sae_core.reweighting import Weights
 from sae_core.sae import SAE, SAEConfig
 from sae_core.start import make_optimizer
 from sae_core.state import TrainConfig, TrainState
@@ -89,6 +90,8 @@ def _tensors(sae: SAE, state: TrainState) -> dict[str, Tensor]:
     tensors = {f"sae.{name}": tensor for name, tensor in sae.tensors().items()}
     tensors |= {"group": state.group, "taf": state.taf, "tokens_since": state.tokens_since}
     tensors |= {"firing.count": state.firing.count, "firing.peak": state.firing.peak}
+    if state.weights is not None:
+        tensors |= {f"weights.{name}": tensor for name, tensor in vars(state.weights).items()}
     names = {id(p): name for name, p in sae.named_parameters()}
     for parameter, values in state.optimizer.state.items():
         for key, value in values.items():
@@ -114,6 +117,8 @@ def _read(path: Path, config: TrainConfig, device: torch.device | str) -> tuple[
     state = TrainState(**scalars, firing=firing, optimizer=make_optimizer(sae, config))
     state.group, state.taf = tensors["group"], tensors["taf"]
     state.tokens_since = tensors["tokens_since"]
+    if weights := _part(tensors, "weights."):
+        state.weights = Weights(**weights)
     _restore_adam(sae, state, tensors)
     return sae, state
 

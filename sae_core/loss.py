@@ -1,6 +1,7 @@
 """Losses of one training step; all are ratios to the data's variance, so weights have no units.
 
 reconstruction = mean_i ||u_hat_i - u_i||^2 / variance,  variance = mean_i ||u_i - mean||^2
+                 (both with weights gamma^2 of the dimensions where asked; see reweighting.py)
 relu:      + l1 * mean_i sum_j acts_ij                   (decoder rows have unit norm)
 jumprelu:  + penalty * (L0 / k - 1)^2                    (straight-through L0, 2407.14435; the
                                                           target form is dictionary_learning's)
@@ -46,10 +47,21 @@ class SparsityConfig:
 
 
 def reconstruction_loss(
-    u_hat: Float[Tensor, "n d"], u: Float[Tensor, "n d"], variance: float
+    u_hat: Float[Tensor, "n d"],
+    u: Float[Tensor, "n d"],
+    variance: float,
+    squared_weights: Float[Tensor, "d"] | None = None,
 ) -> Float[Tensor, ""]:
-    """mean_i ||u_hat_i - u_i||^2 / variance."""
-    return (u_hat - u).square().sum() / (u.shape[0] * variance)
+    """mean_i sum_j gamma_j^2 (u_hat_ij - u_ij)^2 / variance.
+
+    Args:
+        variance: of the data, weighted likewise: sum_j gamma_j^2 var_j.
+        squared_weights: gamma^2 of every dimension; None: all 1.
+    """
+    square = (u_hat - u).square()
+    if squared_weights is not None:
+        square = square * squared_weights
+    return square.sum() / (u.shape[0] * variance)
 
 
 def l1_penalty(codes: Codes) -> Float[Tensor, ""]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sae_core import gba
 from sae_core.firing import FiringStats
+from sae_core.reweighting import start_weights
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
 
@@ -30,7 +31,10 @@ def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> Tra
         variance=float((u - mean).square().sum(1).mean().clamp_min(1e-30)), l1=config.sparsity.l1,
         firing=FiringStats(sae.d_sae, u.device),
         tokens_since=torch.zeros(sae.d_sae, dtype=torch.int64, device=u.device),
+        weights=start_weights(u, sae.d_sae, config.weights),
     )  # fmt: skip
+    if state.weights is not None:
+        state.variance = state.weights.total
     if sae.config.kind == "gba":
         state.group = gba.assign_groups(sae.d_sae, config.gba.n_groups).to(u.device)
         state.taf = gba.group_targets(config.gba, sae.config.k, sae.d_sae).to(u.device)

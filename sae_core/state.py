@@ -11,6 +11,7 @@ from sae_core.errors import UserError
 from sae_core.firing import FiringStats
 from sae_core.gba import GBAConfig
 from sae_core.loss import SparsityConfig
+from sae_core.reweighting import WeightConfig, Weights
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class TrainConfig:
     """Groups, target frequencies and controller of kind gba."""
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     """Sparsity terms of the other kinds."""
+    weights: WeightConfig = field(default_factory=WeightConfig)
+    """Weights of the input dimensions in the reconstruction loss."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.log_every < 1:
@@ -68,6 +71,7 @@ class TrainState:
     firing: FiringStats = field(default_factory=lambda: FiringStats(0))
     tokens_since: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     optimizer: torch.optim.Adam | None = None
+    weights: Weights | None = None
 
     @property
     def started(self) -> bool:

