@@ -14,6 +14,7 @@ gba.py, never to the optimiser, and columns of W_enc have unit norm.
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from math import log
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,20 @@ from sae_core.store import atomic_folder, verify_folder
 Kind = Literal["gba", "topk", "batch_topk", "jumprelu", "relu"]
 
 
+def identifiable_k(d_in: int, d_sae: int) -> int:
+    """Largest k with 2 k ln(d_sae / k) + 5 k / 4 <= d_in: 57 for 576 and 4,608.
+
+    So many random measurements let convex methods recover a k-sparse code of length d_sae
+    (Chandrasekaran, Recht, Parrilo and Willsky, 2012, proposition 3.10); denser codes need not be
+    determined by the activation vector even where the dictionary is known. At least 1, at most
+    d_sae / 4.
+    """
+    k = 1
+    while 4 * (k + 1) <= d_sae and 2 * (k + 1) * log(d_sae / (k + 1)) + 1.25 * (k + 1) <= d_in:
+        k += 1
+    return k
+
+
 @dataclass(frozen=True)
 class SAEConfig:
     """Shape and nonlinearity of an SAE."""
@@ -40,9 +55,10 @@ class SAEConfig:
     """Number of latents."""
     kind: Kind = "gba"
     """gba, topk, batch_topk, jumprelu or relu."""
-    k: int = 64
+    k: int = 0
     """Active latents a token: topk at most, batch_topk on average; gba the sum of the targets
-    (unless htf and ltf are given), jumprelu and relu where their controllers steer to."""
+    (unless htf and ltf are given), jumprelu and relu where their controllers steer to. 0 becomes
+    `identifiable_k(d_in, d_sae)`."""
     gate: Literal["jumprelu", "relu"] = "jumprelu"
     """gba only: value without the bias (jumprelu) or with it (relu)."""
     tied: bool = False
@@ -53,6 +69,8 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
             raise UserError(f"d_in and d_sae must be positive, got {self.d_in} and {self.d_sae}.")
+        if self.k == 0:
+            object.__setattr__(self, "k", identifiable_k(self.d_in, self.d_sae))
         most = self.d_sae if self.kind in ("topk", "batch_topk") else self.k
         if not 1 <= self.k <= most:
             raise UserError(f"k must lie between 1 and d_sae={self.d_sae}, got {self.k}.")
