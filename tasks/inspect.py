@@ -13,6 +13,7 @@ from sae_core.errors import UserError
 from .common import PROG, StopSignal, run_command
 from .evaluation import counted_passes
 from .featurize import FinishedRun, open_run
+from .identify import stored_verdict, verdict_text
 from .parsing import CommandParser, take
 from .progress import Progress
 
@@ -191,6 +192,7 @@ def card(run: FinishedRun, found: "LatentExemplars") -> dict[str, Any]:
         "freq": run.extra["freq"][found.latent],
         "group": number,
         "taf": None if number is None else taf[number],
+        "verdict": stored_verdict(run.extra, found.latent),
     }
 
 
@@ -202,6 +204,8 @@ def card_text(card: dict[str, Any], in_colour: bool) -> str:
     )
     if card["group"] is not None:
         head += f"; group {card['group']}, at most {100 * card['taf']:.3g}% asked for"
+    if card["verdict"] is not None:
+        head += f"; {verdict_text(card['verdict'])}"
     lines = [f"\033[1m{head}{RESET}" if in_colour else head]
     for text in card["texts"]:
         labels = " ".join(f"{name}={value}" for name, value in text["meta"].items())

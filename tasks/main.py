@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a sparse autoencoder on a language model's activations",
     "featurize": "turn rows of text into sparse features with a trained SAE",
     "inspect": "show latents: how often they fire, and their top texts",
+    "identify": "say which latents to rely on, and which conditions of the theory hold",
     "doctor": "show what is installed, which devices there are, what is cached",
     "demo": "train, evaluate and show an SAE on the built-in text and model",
 }
