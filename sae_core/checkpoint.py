@@ -41,7 +41,8 @@ def save_checkpoint(folder: Path | str, sae: SAE, state: TrainState, config: Tra
     folder = Path(folder)
     target = folder / f"step-{state.step:08d}"
     scalars = {"step": state.step, "tokens": state.tokens, "variance": state.variance}
-    scalars |= {"l1": state.l1, "firing_tokens": state.firing.n_tokens}
+    scalars |= {"l1": state.l1, "threshold": state.threshold}
+    scalars |= {"firing_tokens": state.firing.n_tokens}
     meta = {"sae": asdict(sae.config), "train": asdict(config), "scalars": scalars}
     with atomic_folder(target, overwrite=True) as tmp:
         save_file(_tensors(sae, state), tmp / "state.safetensors")
@@ -89,6 +90,7 @@ def _tensors(sae: SAE, state: TrainState) -> dict[str, Tensor]:
     assert state.optimizer is not None
     tensors = {f"sae.{name}": tensor for name, tensor in sae.tensors().items()}
     tensors |= {"group": state.group, "taf": state.taf, "tokens_since": state.tokens_since}
+    tensors |= {"demand": state.demand}
     tensors |= {"firing.count": state.firing.count, "firing.peak": state.firing.peak}
     if state.weights is not None:
         tensors |= {f"weights.{name}": tensor for name, tensor in vars(state.weights).items()}
@@ -116,7 +118,7 @@ def _read(path: Path, config: TrainConfig, device: torch.device | str) -> tuple[
     firing.n_tokens = scalars.pop("firing_tokens")
     state = TrainState(**scalars, firing=firing, optimizer=make_optimizer(sae, config))
     state.group, state.taf = tensors["group"], tensors["taf"]
-    state.tokens_since = tensors["tokens_since"]
+    state.tokens_since, state.demand = tensors["tokens_since"], tensors["demand"]
     if weights := _part(tensors, "weights."):
         state.weights = Weights(**weights)
     _restore_adam(sae, state, tensors)

@@ -4,8 +4,8 @@ Chen, Sheen, Xiong, Wang and Yang, arXiv 2506.14002, Algorithms 1 and 2. With q_
 buffer's tokens on which latent m fired, r_m the largest pre-activation (0 if none), p_k the target
 activation frequency (TAF) of the group of m, rbar_k the mean of the positive r_m of group k:
 
-    q_m > p_k :  b_m <- max(b_m - gamma_down * r_m,    -1)
-    q_m < eps :  b_m <- min(b_m + gamma_up   * rbar_k,  0)
+    q_m > p_k :  b_m <- max(b_m - gamma * r_m,    -1)
+    q_m < eps :  b_m <- min(b_m + gamma * rbar_k,  0)
 
 The printed algorithm shows "v 0" (max) in the second rule; only min keeps b in [-1, 0]. That is
 `rule="published"`. The default, `rule="proportional"`, moves both ways at every step in proportion
@@ -47,11 +47,13 @@ class GBAConfig:
     ltf: float | None = None
     """Lowest target frequency p_K, fraction of tokens (None: with htf)."""
     ratio: float = 10.0
-    """htf / ltf where these are not given."""
-    gamma_down: float = 0.03
-    """Step of the ceiling rule, as a share of the latent's head-room r_m."""
-    gamma_up: float = 0.03
-    """Step of the resurrection rule, as a share of the group's mean head-room."""
+    """targets "fixed": htf / ltf; "data": mean target / least target."""
+    targets: Literal["data", "fixed"] = "data"
+    """Where htf and ltf are not given: targets measured on the data (see demand.py), or geometric
+    with `ratio`; both sum to the SAE's k."""
+    gamma: float = 0.03
+    """Step of the controller, as a share of head-room: the latent's own downwards, the mean of
+    its group upwards."""
     rule: Literal["proportional", "published"] = "proportional"
     """Steps in proportion to 1 - q/p in both directions, or the published one-sided rule."""
     period: int = 1
@@ -74,21 +76,23 @@ class GBAConfig:
                 f"got ltf={self.ltf}, htf={self.htf}."
             )
         if self.ratio < 1:
-            raise UserError(f"ratio is htf / ltf and at least 1, got {self.ratio}.")
+            raise UserError(f"ratio divides a frequency by a lower one, got {self.ratio}.")
         if self.n_groups < 1 or self.period < 1:
             raise UserError(
                 f"n_groups and period must be at least 1, got {self.n_groups} and {self.period}."
             )
-        if not (0 < self.gamma_down < 1 and 0 < self.gamma_up < 1):
-            raise UserError(
-                f"gamma_down and gamma_up must lie in (0, 1), got {self.gamma_down} "
-                f"and {self.gamma_up}."
-            )
+        if not 0 < self.gamma < 1:
+            raise UserError(f"gamma must lie in (0, 1), got {self.gamma}.")
+
+    @property
+    def follows_data(self) -> bool:
+        """Are targets measured, not given?"""
+        return self.targets == "data" and self.htf is None
 
 
 def _published(n_groups: int, htf: float, ltf: float) -> GBAConfig:
     return GBAConfig(
-        n_groups, htf, ltf, gamma_down=0.01, gamma_up=0.01, rule="published", period=50, b_max=0.0,
+        n_groups, htf, ltf, gamma=0.01, rule="published", period=50, b_max=0.0,
         start="zero", centre="learned", calibrate_tokens=0,
     )  # fmt: skip
 
@@ -167,10 +171,10 @@ def bias_update(
     ceiling = taf.to(freq.device)[group]
     if config.rule == "proportional":
         share = (1 - freq / ceiling).clamp(-MAX_SHARE, 1).to(b.dtype)
-        step = torch.where(share < 0, config.gamma_down * r, config.gamma_up * rbar[group])
-        return (b + share * step).clamp(B_MIN, config.b_max)
-    down = (b - config.gamma_down * r).clamp_min(B_MIN)
-    up = (b + config.gamma_up * rbar[group]).clamp_max(config.b_max)
+        step = torch.where(share < 0, r, rbar[group])
+        return (b + config.gamma * share * step).clamp(B_MIN, config.b_max)
+    down = (b - config.gamma * r).clamp_min(B_MIN)
+    up = (b + config.gamma * rbar[group]).clamp_max(config.b_max)
     return torch.where(freq > ceiling, down, torch.where(freq < EPS, up, b))
 
 

@@ -66,8 +66,10 @@ class TrainState:
     tokens: int = 0
     variance: float = 1.0
     l1: float = 0.0
+    threshold: float = 0.0
     group: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     taf: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    demand: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     firing: FiringStats = field(default_factory=lambda: FiringStats(0))
     tokens_since: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     optimizer: torch.optim.Adam | None = None

@@ -33,6 +33,8 @@ from sae_core.errors import UserError
 from sae_core.kernels import sparse
 from sae_core.kernels.codes import Codes, row_starts
 
+DICTIONARY_SEED = 1_500_000_007  # torch's CPU generator reads the lower 32 bits of a seed
+
 
 @dataclass(frozen=True)
 class PlantedConfig:
@@ -148,7 +150,9 @@ class Planted:
 
 def plant(config: PlantedConfig, seed: int) -> Planted:
     """Draw a dictionary; `Planted.sample` and `batches` draw its data."""
-    generator = torch.Generator().manual_seed(seed)
+    # far from the seeds in use: SAE(generator=manual_seed(seed)) draws normals too, and would
+    # otherwise start from the very dictionary that it is to find
+    generator = torch.Generator().manual_seed(seed + DICTIONARY_SEED)
     match config.dictionary:
         case "gaussian":
             v = torch.randn(config.n, config.d, generator=generator)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_core.activations import Activations
+from sae_core.demand import asks, follow_demand
 from sae_core.errors import UserError
 from sae_core.kernels.codes import Codes
 from sae_core.sae import SAE
@@ -118,6 +119,8 @@ def train(
         u, _ = sae.normalise(x)
         codes, u_hat = gradient_step(sae, u, state, config, lr)
         count_firing(sae, codes, state, config)
+        if sae.config.kind == "gba" and asks(state, config):
+            follow_demand(sae, u, state, config)
         if sae.config.kind == "gba" and state.step % config.gba.period == 0:
             bias_step(sae, state, config.gba)
         window.add(u, u_hat, codes)

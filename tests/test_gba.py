@@ -16,7 +16,7 @@ from sae_core.sae import SAE, SAEConfig
 from sae_core.train import TrainConfig, TrainState, train
 
 CONFIG = GBAConfig(
-    n_groups=2, htf=0.5, ltf=0.1, gamma_down=0.1, gamma_up=0.2, b_max=0.0, rule="published"
+    n_groups=2, htf=0.5, ltf=0.1, gamma=0.1, b_max=0.0, rule="published"
 )
 TAF = torch.tensor([0.5, 0.1], dtype=torch.float64)
 
@@ -171,7 +171,7 @@ def test_the_controller_alone_keeps_the_ceiling_at_fixed_weights(rule):
     generator = torch.Generator().manual_seed(5)
     pre = torch.randn(20_000, 40, dtype=torch.float64, generator=generator) * 0.2
     group, taf = gba.assign_groups(40, 2), TAF
-    config = dataclasses.replace(CONFIG, rule=rule, gamma_down=0.02, gamma_up=0.02)
+    config = dataclasses.replace(CONFIG, rule=rule, gamma=0.02)
     b = torch.zeros(40, dtype=torch.float64)
     assert (
         (pre + b > 0).double().mean(0)[20:] > 4 * taf[1]
@@ -199,7 +199,7 @@ def test_groups_report_what_was_asked_and_what_came():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"htf": 0.001, "ltf": 0.1}, {"htf": 1.5}, {"htf": 0.1}, {"n_groups": 0}, {"gamma_down": 0.0}],
+    [{"htf": 0.001, "ltf": 0.1}, {"htf": 1.5}, {"htf": 0.1}, {"n_groups": 0}, {"gamma": 0.0}],
 )
 def test_bad_settings_are_refused_with_both_values(bad):
     with pytest.raises(UserError, match="got"):
