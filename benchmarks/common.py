@@ -57,13 +57,18 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def joined(old: str, new: str, separator: str) -> str:
+    """A list in text with one more entry, unless that is in it already."""
+    return separator.join(dict.fromkeys([*old.split(separator), new]))
+
+
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """A result with further rows: those of the same name replaced, both commands named."""
     names = {row["name"] for row in new["rows"]}
     kept = [row for row in old["rows"] if row["name"] not in names]
     return new | {
-        "command": f"{old['command']}; {new['command']}",
-        "commit": f"{old['commit']}, {new['commit']}",
+        "command": joined(old["command"], new["command"], "; "),
+        "commit": joined(old["commit"], new["commit"], ", "),
         "seconds": round(old["seconds"] + new["seconds"], 1),
         "rows": kept + new["rows"],
     }

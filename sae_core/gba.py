@@ -46,7 +46,7 @@ class GBAConfig:
     """Highest target frequency p_1, fraction of tokens (None: the targets sum to the SAE's k)."""
     ltf: float | None = None
     """Lowest target frequency p_K, fraction of tokens (None: with htf)."""
-    ratio: float = 10.0
+    ratio: float = 5.0
     """targets "fixed": htf / ltf; "data": mean target / least target."""
     targets: Literal["data", "fixed"] = "data"
     """Where htf and ltf are not given: targets measured on the data (see demand.py), or geometric
