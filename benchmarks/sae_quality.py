@@ -162,11 +162,17 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
 
 
 def ablation(data: Data, size: str, only: list[str]) -> Iterator[dict[str, Any]]:
-    """One choice changed at a time, at the default learning rate; `only` some of them."""
-    base = GBAConfig()
+    """One choice changed at a time, at the default learning rate; `only` some of them.
+
+    The changes start from given targets (ten groups, ratio 10, summing to k), one step behind the
+    default, which takes them from the data.
+    """
+    base = GBAConfig(targets="fixed", ratio=10.0)
     wide = {"htf": 0.1, "ltf": 0.001}
     variants = {
-        "default": (base, {}),
+        "default": (GBAConfig(), {}),
+        "default, published rule": (GBAConfig(rule="published"), {}),
+        "given targets": (base, {}),
         "published start b=0": (replace(base, start="zero"), {}),
         "published rule": (replace(base, rule="published"), {}),
         "published rule, published frequencies": (replace(base, rule="published", **wide), {}),
