@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.buffer import shuffle_stream as shuffle_stream
     from sae_core.checkpoint import load_checkpoint as load_checkpoint
     from sae_core.checkpoint import save_checkpoint as save_checkpoint
+    from sae_core.conditions import Conditions as Conditions
+    from sae_core.conditions import ConditionStats as ConditionStats
+    from sae_core.conditions import measure_conditions as measure_conditions
     from sae_core.errors import CorruptFileError as CorruptFileError
     from sae_core.errors import MissingExtraError as MissingExtraError
     from sae_core.errors import UserError as UserError
@@ -35,6 +38,18 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.gba import GBAConfig as GBAConfig
     from sae_core.hooks import HookPoint as HookPoint
     from sae_core.hooks import resolve_hook_point as resolve_hook_point
+    from sae_core.identifiability import Agreement as Agreement
+    from sae_core.identifiability import Matching as Matching
+    from sae_core.identifiability import agreement as agreement
+    from sae_core.identifiability import chance_mcs as chance_mcs
+    from sae_core.identifiability import chance_pw_mcc as chance_pw_mcc
+    from sae_core.identifiability import consistency as consistency
+    from sae_core.identifiability import feature_recovery_rate as feature_recovery_rate
+    from sae_core.identifiability import max_cosine as max_cosine
+    from sae_core.identifiability import mcs_shares as mcs_shares
+    from sae_core.identifiability import mean_max_cosine as mean_max_cosine
+    from sae_core.identifiability import pw_mcc as pw_mcc
+    from sae_core.identifiability import top_fraction as top_fraction
     from sae_core.kernels.codes import Codes as Codes
     from sae_core.metrics import ReconstructionStats as ReconstructionStats
     from sae_core.metrics import evaluate as evaluate
@@ -42,6 +57,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.models import LanguageModel as LanguageModel
     from sae_core.models import load_model as load_model
     from sae_core.provenance import Provenance as Provenance
+    from sae_core.reweighting import WeightConfig as WeightConfig
     from sae_core.sae import SAE as SAE
     from sae_core.sae import SAEConfig as SAEConfig
     from sae_core.sae import SAEOutput as SAEOutput
@@ -52,14 +68,21 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.state import TrainConfig as TrainConfig
     from sae_core.store import load_features as load_features
     from sae_core.store import save_features as save_features
+    from sae_core.synthetic import Planted as Planted
+    from sae_core.synthetic import PlantedConfig as PlantedConfig
+    from sae_core.synthetic import plant as plant
     from sae_core.text import TextRow as TextRow
     from sae_core.text import TextSource as TextSource
     from sae_core.text import read_text_file as read_text_file
     from sae_core.text import rows_from_texts as rows_from_texts
     from sae_core.text import split_rows as split_rows
+    from sae_core.theory import Condition as Condition
+    from sae_core.theory import judge as judge
     from sae_core.tokens import HarvestConfig as HarvestConfig
     from sae_core.train import StepRecord as StepRecord
     from sae_core.train import train as train
+    from sae_core.verdict import Verdict as Verdict
+    from sae_core.verdict import verdict as verdict
 
 # public name -> the module below sae_core that it is loaded from
 HOME = {
@@ -70,6 +93,9 @@ HOME = {
     "shuffle_stream": "buffer",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
+    "ConditionStats": "conditions",
+    "Conditions": "conditions",
+    "measure_conditions": "conditions",
     "CorruptFileError": "errors",
     "MissingExtraError": "errors",
     "UserError": "errors",
@@ -78,6 +104,18 @@ HOME = {
     "GBAConfig": "gba",
     "HookPoint": "hooks",
     "resolve_hook_point": "hooks",
+    "Agreement": "identifiability",
+    "Matching": "identifiability",
+    "agreement": "identifiability",
+    "chance_mcs": "identifiability",
+    "chance_pw_mcc": "identifiability",
+    "consistency": "identifiability",
+    "feature_recovery_rate": "identifiability",
+    "max_cosine": "identifiability",
+    "mcs_shares": "identifiability",
+    "mean_max_cosine": "identifiability",
+    "pw_mcc": "identifiability",
+    "top_fraction": "identifiability",
     "Codes": "kernels.codes",
     "ReconstructionStats": "metrics",
     "evaluate": "metrics",
@@ -85,6 +123,7 @@ HOME = {
     "LanguageModel": "models",
     "load_model": "models",
     "Provenance": "provenance",
+    "WeightConfig": "reweighting",
     "SAE": "sae",
     "SAEConfig": "sae",
     "SAEOutput": "sae",
@@ -95,14 +134,21 @@ HOME = {
     "TrainConfig": "state",
     "load_features": "store",
     "save_features": "store",
+    "Planted": "synthetic",
+    "PlantedConfig": "synthetic",
+    "plant": "synthetic",
     "TextRow": "text",
     "TextSource": "text",
     "read_text_file": "text",
     "rows_from_texts": "text",
     "split_rows": "text",
+    "Condition": "theory",
+    "judge": "theory",
     "HarvestConfig": "tokens",
     "StepRecord": "train",
     "train": "train",
+    "Verdict": "verdict",
+    "verdict": "verdict",
 }
 
 __all__ = sorted(HOME)  # pyright: ignore[reportUnsupportedDunderAll]

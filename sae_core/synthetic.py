@@ -76,7 +76,7 @@ class PlantedConfig:
                 f"{self.strength}, {self.zipf} and {self.noise}."
             )
         if self.dictionary == "orthogonal" and self.n > self.d:
-            raise UserError(f"n={self.n} orthonormal features do not fit into d={self.d}.")
+            raise UserError(f"An orthonormal dictionary needs n <= d={self.d}, got n={self.n}.")
         if self.dictionary == "polygon":
             self._check_polygon()
         if self.structure in ("pairs", "hierarchy") and self.n % 2:

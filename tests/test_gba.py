@@ -15,9 +15,7 @@ from sae_core.kernels.codes import codes_where
 from sae_core.sae import SAE, SAEConfig
 from sae_core.train import TrainConfig, TrainState, train
 
-CONFIG = GBAConfig(
-    n_groups=2, htf=0.5, ltf=0.1, gamma=0.1, b_max=0.0, rule="published"
-)
+CONFIG = GBAConfig(n_groups=2, htf=0.5, ltf=0.1, gamma=0.1, b_max=0.0, rule="published")
 TAF = torch.tensor([0.5, 0.1], dtype=torch.float64)
 
 
@@ -31,14 +29,14 @@ def update(b, freq, peak, group, config=CONFIG):
 def test_hand_computed_cases():
     # latent 0: 0.6 > p_0 = 0.5      -> -0.30 - 0.1 * 0.4             = -0.34
     # latent 1: 0.3 between eps, p_0 -> unchanged
-    # latent 2: 0.0 < eps, group 1   -> -0.50 + 0.2 * mean(0.2, 0.6)  = -0.42
+    # latent 2: 0.0 < eps, group 1   -> -0.50 + 0.1 * mean(0.2, 0.6)  = -0.46
     # latent 3: 0.2 > p_1 = 0.1      -> -0.20 - 0.1 * 0.2             = -0.22
     # latent 4: 0.05 between         -> unchanged, but its r = 0.6 counts in rbar_1
     b = update(
         [-0.3, -0.3, -0.5, -0.2, -0.1], [0.6, 0.3, 0.0, 0.2, 0.05], [0.4, 0.7, 0.0, 0.2, 0.6],
         [0, 0, 1, 1, 1],
     )  # fmt: skip
-    assert b == pytest.approx([-0.34, -0.3, -0.42, -0.22, -0.1], abs=1e-12)
+    assert b == pytest.approx([-0.34, -0.3, -0.46, -0.22, -0.1], abs=1e-12)
 
 
 def test_the_clamp_has_the_right_orientation():
@@ -59,14 +57,14 @@ def test_hand_computed_cases_of_the_proportional_rule():
     proportional = dataclasses.replace(CONFIG, rule="proportional")
     # latent 0: q/p = 1.2  -> -0.30 - 0.2 * 0.1 * 0.4                  = -0.308
     # latent 1: q = p      -> unchanged
-    # latent 2: q = 0      -> -0.50 + 1.0 * 0.2 * mean(0.2, 0.6)       = -0.42
+    # latent 2: q = 0      -> -0.50 + 1.0 * 0.1 * mean(0.2, 0.6)       = -0.46
     # latent 3: q/p = 9    -> -0.20 - 4 (bounded) * 0.1 * 0.2          = -0.28
-    # latent 4: q/p = 0.5  -> -0.10 + 0.5 * 0.2 * 0.4                  = -0.06
+    # latent 4: q/p = 0.5  -> -0.10 + 0.5 * 0.1 * 0.4                  = -0.08
     b = update(
         [-0.3, -0.3, -0.5, -0.2, -0.1], [0.6, 0.5, 0.0, 0.9, 0.05], [0.4, 0.4, 0.0, 0.2, 0.6],
         [0, 0, 1, 1, 1], proportional,
     )  # fmt: skip
-    assert b == pytest.approx([-0.308, -0.3, -0.42, -0.28, -0.06], abs=1e-12)
+    assert b == pytest.approx([-0.308, -0.3, -0.46, -0.28, -0.08], abs=1e-12)
 
 
 @pytest.mark.parametrize("b_max", [0.0, 1.0])
