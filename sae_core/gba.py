@@ -13,11 +13,16 @@ to the error, so that a latent is held *at* its target:
 
     b_m <- b_m + gamma * (1 - q_m / p_k) * (rbar_k if q_m < p_k else r_m),  1 - q/p kept in [-4, 1]
 
-Other deviations, each a switch of `GBAConfig`: biases start at the data's (1 - p_k) quantile, not
-at 0 (`start`); targets span one decade and sum to the SAE's k unless htf and ltf are given; after
-the last step biases are lowered to the ceiling measured with frozen weights (`calibrate_tokens`).
-b may rise to 1 (`b_max`): with b <= 0 a learned b_dec strands latents that b can no longer wake.
-With the gate relu training collapsed with a learned b_dec, so it is frozen there.
+At fixed weights that is stochastic approximation (Robbins and Monro, 1951) of a quantile: q_m falls
+with the threshold -b_m, so the mean step has the sign of p_k - q_m and one root; decreasing steps
+with sum gamma_t = inf, sum gamma_t^2 < inf converge to it, the constant gamma used here stays
+within a neighbourhood of it that shrinks with gamma. Weights move, so gamma must not vanish.
+
+Other deviations, each a switch of `GBAConfig`: targets and groups come from the data (demand.py)
+unless htf and ltf are given; biases start at the data's (1 - p_k) quantile, not at 0 (`start`);
+after the last step biases are lowered to the ceiling measured with frozen weights
+(`calibrate_tokens`). b may rise to 1 (`b_max`): with b <= 0 a learned b_dec strands latents that b
+can no longer wake. With the gate relu training collapsed with a learned b_dec, so it is frozen.
 benchmarks/LOG.md has the measurements behind each choice.
 """
 
