@@ -21,14 +21,14 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from benchmarks.common import Goal, write_result
 from sae_core.gba import GBAConfig, paper_main, paper_recommended
 from sae_core.identifiability import max_cosine
-from sae_core.sae import SAE, SAEConfig
+from sae_core.sae import SAE, Kind, SAEConfig
 from sae_core.synthetic import PlantedConfig, plant
 from sae_core.train import TrainConfig, train
 
@@ -36,7 +36,7 @@ BATCH = 512
 STEPS = {"full": 3000, "reduced": 1000}
 SEEDS = {"full": 5, "reduced": 2}
 BASELINE_SEEDS = {"full": 3, "reduced": 2}
-BASELINES = ("topk", "batch_topk", "jumprelu", "relu")
+BASELINES: tuple[Kind, ...] = ("topk", "batch_topk", "jumprelu", "relu")
 RATES = {"full": (4e-3, 2e-3, 8e-3), "reduced": (4e-3,)}
 CURVE_POINTS = 20
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ REDUCED = ("mixture", "pairs", "wide")
 class Trial:
     """One way to train on a setting."""
 
-    kind: str
+    kind: Kind
     """Of the SAE."""
     label: str = "default"
     """Name of the configuration in the result."""
@@ -87,7 +87,7 @@ class Trial:
     """Peak learning rate; None: default."""
     tied: bool = False
     """One direction for encoder and decoder."""
-    gate: str = "jumprelu"
+    gate: Literal["jumprelu", "relu"] = "jumprelu"
     """gba: value without the bias or with it."""
     gba: GBAConfig = field(default_factory=GBAConfig)
     """Groups, targets and controller."""
@@ -101,7 +101,7 @@ def recover(
     planted = plant(setting.data, seed)
     shape = SAEConfig(
         setting.data.d, setting.d_sae, kind=trial.kind, k=trial.k, gate=trial.gate, tied=trial.tied
-    )  # type: ignore[arg-type]
+    )
     sae = SAE(shape, generator=torch.Generator().manual_seed(seed))
     config = TrainConfig(
         steps=steps, batch_size=BATCH, lr=trial.lr, seed=seed, gba=trial.gba,
@@ -162,7 +162,7 @@ def compare(name: str, size: str, curve: list[dict[str, Any]]) -> Iterator[dict[
             yield row(best, seed, points)
 
 
-def _tuned(kind: str, k: int, lr: float) -> Trial:
+def _tuned(kind: Kind, k: int, lr: float) -> Trial:
     return Trial(kind, f"k={k} lr={lr:g}", k, lr)
 
 
