@@ -124,8 +124,10 @@ def train(
         if sae.config.kind == "gba" and state.step % config.gba.period == 0:
             bias_step(sae, state, config.gba)
         window.add(u, u_hat, codes)
-        if state.step == config.steps and sae.config.kind == "gba" and config.gba.calibrate_tokens:
-            calibrate(sae, _peek(chain([x], stream), config.gba.calibrate_tokens)[0], state)
+        if state.step == config.steps and sae.config.kind == "gba":
+            if config.gba.calibrate_tokens:
+                calibrate(sae, _peek(chain([x], stream), config.gba.calibrate_tokens)[0], state)
+            sae.b_enc.clamp_(max=0)  # above 0 it served to wake a latent; acts must not be negative
         if state.step % config.log_every == 0 or state.step == config.steps:
             yield window.record(state, dead_after, lr)
             window = _Window()

@@ -202,3 +202,17 @@ def test_groups_report_what_was_asked_and_what_came():
 def test_bad_settings_are_refused_with_both_values(bad):
     with pytest.raises(UserError, match="got"):
         GBAConfig(**bad)
+
+
+@pytest.mark.parametrize("calibrate_tokens", [0, 1024])
+def test_no_activation_of_a_finished_sae_is_negative(calibrate_tokens):
+    # a target of 0.8 starts with thresholds below 0, at which the gate lets negative values through
+    config = GBAConfig(1, 0.8, 0.8, calibrate_tokens=calibrate_tokens)
+    train_config = TrainConfig(steps=2, batch_size=256, init_tokens=512, log_every=1, gba=config)
+    sae = SAE(SAEConfig(16, 64, k=8), generator=torch.Generator().manual_seed(0))
+    x = planted(4096, 1)
+    runs = train(sae, iter(x.split(256)), train_config)
+    next(runs)
+    assert (sae.b_enc > 0).any() and (sae.encode(x) < 0).any()  # under way
+    list(runs)
+    assert (sae.b_enc <= 0).all() and (sae.encode(x) >= 0).all()
