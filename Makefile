@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UNDERWAY := $(VENV)/.installing
 
-.PHONY: demo test lint type bench tables clean help install
+.PHONY: demo test lint type bench figures tables clean help install
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,14 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 	$(BIN)/python -m benchmarks.throughput --size reduced
 	$(BIN)/python -m benchmarks.sae_quality --size reduced
 	$(BIN)/python -m benchmarks.sae_quality --size reduced --ablation
+	for part in table ablation sensitivity heatmap; do \
+		$(BIN)/python -m benchmarks.recovery --part $$part; done
+	$(BIN)/python -m benchmarks.agreement
+	$(BIN)/python -m benchmarks.reweighting --part planted
+	$(BIN)/python -m benchmarks.verdict
+
+figures: $(STAMP) ## draw results/figures from benchmarks/results
+	$(BIN)/python -m benchmarks.figures
 
 tables: $(STAMP) ## write the README's tables from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
