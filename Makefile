@@ -37,7 +37,7 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 	$(BIN)/python -m benchmarks.throughput --size reduced
 	$(BIN)/python -m benchmarks.sae_quality --size reduced
 	$(BIN)/python -m benchmarks.sae_quality --size reduced --ablation
-	for part in table ablation sensitivity heatmap; do \
+	for part in table curve ablation sensitivity heatmap; do \
 		$(BIN)/python -m benchmarks.recovery --part $$part; done
 	$(BIN)/python -m benchmarks.agreement
 	$(BIN)/python -m benchmarks.reweighting --part planted
