@@ -11,7 +11,7 @@ the others, so that the selection favours the baselines. Dictionary, data and we
 the seed. Settings marked "fresh" played no part in the choice of GBA's defaults.
 
 table        results/recovery.json
-curve        results/recovery_curve.json: the mixture along the training, each kind as the table chose
+curve        results/recovery_curve.json: the mixture along the training, each kind as chosen
 ablation     results/recovery_ablation.json: each change from the published algorithm to the default
 sensitivity  results/recovery_sensitivity.json: K, HTF, LTF, controller period
 heatmap      results/recovery_heatmap.json: one group, target frequency against width d
