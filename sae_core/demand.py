@@ -27,7 +27,7 @@ from sae_core.state import TrainConfig, TrainState
 EVERY = 10  # steps between two looks
 FIXED_FROM = 0.7  # share of the steps after which the targets stay
 MEMORY = 0.9  # of the running means of demand and threshold
-TOKENS = 512  # of the batch; bounds the time, about 5% of a step
+TOKENS = 512  # of the batch; at 1,024 tokens a twentieth of the encoder's products
 MOST = 0.9  # largest target
 
 
