@@ -18,7 +18,7 @@ def make_optimizer(sae: SAE, config: TrainConfig) -> torch.optim.Adam:
         centre = "learned" if sae.config.gate == "jumprelu" else "mean"
     sae.b_dec.requires_grad_(sae.config.kind != "gba" or centre == "learned")
     parameters = [p for p in sae.parameters() if p.requires_grad]
-    return torch.optim.Adam(parameters, lr=0.0, betas=config.betas, fused=True)
+    return torch.optim.Adam(parameters, lr=0.0, fused=True)
 
 
 @torch.no_grad()

@@ -28,8 +28,6 @@ class TrainConfig:
     """Share of the steps with a linearly rising learning rate."""
     decay_frac: float = 0.5
     """Share of the steps, at the end, with a linearly falling learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates."""
     seed: int = 0
     """Initial weights and batch order."""
     init_tokens: int = 16384
