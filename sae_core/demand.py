@@ -8,9 +8,10 @@ and ours). Here, with w_m the encoder direction of latent m and every `EVERY` st
     group    : latents in the order of their demand, the K equal parts of that order
     p_k      = max(mean demand of group k,  k / (ratio d_sae)),  scaled so that sum_m p_m = k
 
-A latent whose direction finds large projections often is asked to fire often. At a common threshold
-each firing is worth at least theta^2 of squared error, so the demands divide k among the latents
-where it reduces the error most; the floor keeps latents that found nothing yet at work. Groups are
+A latent whose direction finds large projections often is asked to fire often. Were the encoder the
+decoder and the firing latents orthogonal, each firing would be worth at least theta^2 of squared
+error and the demands would divide k where it reduces the error most: the idea, not a proof. The
+floor keeps latents that found nothing yet at work. Groups are
 fixed for the last part of the training, when the learning rate is falling. This is this project's
 rule; benchmarks/recovery.py and benchmarks/LOG.md compare it with given targets.
 """

@@ -52,7 +52,8 @@ class GBAConfig:
     ltf: float | None = None
     """Lowest target frequency p_K, fraction of tokens (None: with htf)."""
     ratio: float = 5.0
-    """targets "fixed": htf / ltf; "data": mean target / least target."""
+    """targets "fixed": htf / ltf; "data": mean target / least target, before all are scaled so that
+    they sum to k."""
     targets: Literal["data", "fixed"] = "data"
     """Where htf and ltf are not given: targets measured on the data (see demand.py), or geometric
     with `ratio`; both sum to the SAE's k."""
@@ -81,7 +82,7 @@ class GBAConfig:
                 f"got ltf={self.ltf}, htf={self.htf}."
             )
         if self.ratio < 1:
-            raise UserError(f"ratio divides a frequency by a lower one, got {self.ratio}.")
+            raise UserError(f"ratio must be at least 1, got {self.ratio}.")
         if self.n_groups < 1 or self.period < 1:
             raise UserError(
                 f"n_groups and period must be at least 1, got {self.n_groups} and {self.period}."

@@ -96,7 +96,7 @@ def test_jump_has_the_gradients_of_the_paper():
 def test_width_and_k_are_refused_with_both_values():
     with pytest.raises(UserError, match=r"d_in=12\], got shape \[3, 13\]"):
         make("gba").encode(torch.zeros(3, 13))
-    with pytest.raises(UserError, match="between 1 and d_sae=40, got 41"):
+    with pytest.raises(UserError, match="between 1 and d_sae=40, or be 0 for the default, got 41"):
         SAEConfig(12, 40, kind="topk", k=41)
 
 
