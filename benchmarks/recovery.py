@@ -203,12 +203,12 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
     return found
 
 
-def table(size: str) -> None:
-    """Run all settings; the result grows with each."""
+def table(size: str, names: Sequence[str] | None = None) -> None:
+    """Run all settings, the result growing with each; or those named, merged into the result."""
     started, rows = time.time(), []
-    for name in REDUCED if size == "reduced" else SETTINGS:
+    for name in names or (REDUCED if size == "reduced" else SETTINGS):
         rows += compare(name, size)
-        write_result("recovery", rows, goals, started)
+        write_result("recovery", rows, goals, started, merge=names is not None)
 
 
 def curve(size: str) -> None:
@@ -319,9 +319,13 @@ def main() -> None:
     parts = {f.__name__: f for f in (table, curve, ablation, sensitivity, heatmap)}
     parser.add_argument("--size", choices=STEPS, default="reduced")
     parser.add_argument("--part", choices=parts, default="table")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="only these of the table")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parts[args.part](args.size)
+    if args.settings:
+        table(args.size, args.settings)
+    else:
+        parts[args.part](args.size)
 
 
 if __name__ == "__main__":
