@@ -8,7 +8,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
-EXTRAS ?= cpu,geo,report,plots,dev
+EXTRAS ?= cpu,geo,report,plots,ray,rivals,dev
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 VENV := .venv

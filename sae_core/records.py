@@ -24,16 +24,20 @@ _MAX_FIELD = (1 << 31) - 1  # characters in a csv field: the default, 131,072, i
 _TAIL = 16  # a JSON error this near to the end of the buffer may only be a literal cut in two
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Record]]:
+def read_records(path: Path, *, nested: bool = False) -> Iterator[tuple[str, Record]]:
     """Stream the records of one file.
 
+    Args:
+        path: the file.
+        nested: whether the lists and structures of a parquet file are read too, e.g. the messages
+            of a conversation; JSON has them in any case.
     Raises:
         UserError: unknown suffix, undecodable bytes, invalid JSON or CSV (naming the line).
         CorruptFileError: a damaged gzip or parquet file.
     """
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix == ".parquet":
-        return _parquet(path)
+        return _parquet(path, nested)
     readers: dict[str, Callable[[BufferedIOBase, str], Iterator[tuple[str, Record]]]] = {
         ".jsonl": _json_lines,
         ".json": _json,
@@ -219,15 +223,16 @@ def _table(handle: BufferedIOBase, name: str, delimiter: str) -> Iterator[tuple[
         yield place, dict(zip(header, row, strict=True))
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
+def _parquet(path: Path, nested: bool) -> Iterator[tuple[str, Record]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            flat = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+            fields = list(file.schema_arrow)
+            names = [one.name for one in fields if nested or not pa.types.is_nested(one.type)]
             number = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=flat):
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
                 for record in batch.to_pylist():
                     yield f"{path.name} row {number}", record
                     number += 1

@@ -14,6 +14,7 @@ COMMANDS = {
     "featurize": "turn rows of text into sparse features with a trained SAE",
     "inspect": "show latents: how often they fire, and their top texts",
     "identify": "say which latents to rely on, and which conditions of the theory hold",
+    "select": "pick the rows of a pool that are most like given targets, and say why",
     "doctor": "show what is installed, which devices there are, what is cached",
     "demo": "train, evaluate and show an SAE on the built-in text and model",
 }

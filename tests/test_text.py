@@ -203,6 +203,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         assert peak < 6e6, (name, peak)  # half of the file; a block is 1 MB
 
 
+def test_the_nested_columns_of_parquet_come_where_asked_for(tmp_path: Path) -> None:
+    record = {"text": "x", "turns": [{"role": "user", "content": "a"}], "tags": ["b", "c"]}
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
+    read = records.read_records
+    assert list(read(tmp_path / "a.parquet")) == [("a.parquet row 0", {"text": "x"})]
+    assert list(read(tmp_path / "a.parquet", nested=True)) == [("a.parquet row 0", record)]
+
+
 def test_a_csv_field_may_be_as_long_as_a_novel(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n" + "x" * 400_000 + "\n")
     assert [len(row.text) for row in read_text_file(tmp_path / "a.csv")] == [400_000]

@@ -1,0 +1,399 @@
+"""The pool, the targets and the embeddings of the selection benchmark: real data, labels by origin.
+
+The pool mixes the instruction sets of ../shared/data: templates of T0 (34 source datasets), six
+chain-of-thought tasks of Flan (its seventh, gsm8k_train, repeats the questions of gsm8k), three
+sets of GPTeacher, GSM8K train, one half of MBPP, and one half of each BIG-Bench-Hard task. BBH is
+there for retrieval alone: nothing is ever trained on it (``is_trainable``). Equal texts are removed.
+
+A target is a set of rows that are not in the pool, and the pool rows that count as hits:
+
+    gsm8k       GSM8K test                      GSM8K train
+    mbpp        the other half of MBPP          its half in the pool
+    bbh:TASK    the other half of a BBH task    its half in the pool
+    t0:DATASET  one T0 template, held out       the other templates of the same source dataset
+
+Every method reads the same text, ``prompt newline response``, cut after 128 tokens of SmolLM2. One
+pass of the model makes all representations of a row, each over its tokens without special ones and
+without the first, an attention sink:
+
+    gba, topk         mean of the SAE's codes, layers.15.out (SAEs of benchmarks.agreement, seed 0)
+    gba_max, topk_max the maximum instead
+    hidden            mean of the residual stream at layers.15.out
+    hidden_last       the same at layers.29.out
+    rds               position-weighted mean, w_i = i / sum i, at layers.29.out (RDS+, 2503.01807)
+    mlp               mean of the positive part of SiLU(W_gate x), layer 15 (MONA's raw neurons)
+    mlp_topk          the same with the 64 largest a token, the k of the SAEs
+
+    python -m benchmarks.selection_data --size reduced     # builds the cache, prints the sizes
+"""
+
+import argparse
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from benchmarks.agreement import make_variant, trained
+from benchmarks.sae_quality import HOOK, prepare
+from sae_core.activations import HarvestConfig, stream_activations
+from sae_core.download import cache_dir
+from sae_core.errors import UserError
+from sae_core.kernels.codes import Codes, codes_at, codes_where
+from sae_core.metrics import evaluating
+from sae_core.models import LanguageModel, load_model
+from sae_core.pooling import RowPooler
+from sae_core.sae import SAE
+from sae_core.text import TextRow
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+MAX_TOKENS = 128
+LAST = "layers.29.out"
+NEURONS = "model.layers.15.mlp.act_fn.out"
+N_NEURONS = 64  # of 1,536 a token, the k of the SAEs
+SPARSE = ("gba", "gba_max", "topk", "topk_max", "mlp", "mlp_topk")
+DENSE = ("hidden", "hidden_last", "rds")
+# rows of the pool by source (BBH: a task), and rows a target has to draw from
+POOL_ROWS = {
+    "reduced": {"t0": 2300, "flan": 1200, "gpteacher": 600, "gsm8k": 300, "mbpp": 250, "bbh": 15},
+    "full": {"t0": 60_000, "flan": 40_000, "gpteacher": 9_000, "gsm8k": 7_473, "mbpp": 487,
+             "bbh": 125},
+}  # fmt: skip
+TARGET_ROWS = {"reduced": 48, "full": 400}
+# the source datasets of T0 with their held-out template
+HELD_OUT_TEMPLATES = {
+    "ag_news": "ag_news_which_section_choices",
+    "app_reviews": "app_reviews_convert_to_star_rating",
+    "common_gen": "common_gen_Put_together",
+    "cosmos_qa": "cosmos_qa_context_question_description_text",
+    "glue_qqp": "glue_qqp_duplicate_or_not",
+    "paws": "paws_labeled_final_Meaning_no_label",
+    "quartz": "quartz_read_passage_below_choose",
+    "samsum": "samsum_To_sum_up_this_dialog",
+    "sciq": "sciq_Multiple_Choice_Closed_Book_",
+    "social_i_qa": "social_i_qa_I_was_wondering",
+    "trec": "trec_what_category_best_describe",
+    "wiqa": "wiqa_what_is_the_missing_first_step",
+}
+T0_SOURCES = (
+    "adversarial_qa", "ag_news", "amazon_polarity", "app_reviews", "cnn_dailymail", "common_gen",
+    "commonsense_qa", "cosmos_qa", "dbpedia_14", "dream", "duorc", "gigaword", "glue_mrpc",
+    "glue_qqp", "imdb", "kilt_tasks", "multi_news", "paws", "qasc", "quarel", "quartz", "quoref",
+    "ropes", "rotten_tomatoes", "samsum", "sciq", "social_i_qa", "trec", "wiki_bio", "wiki_hop",
+    "wiki_qa", "wiqa", "xsum", "yelp_review_full",
+)  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One instruction with its origin."""
+
+    row_id: int
+    source: str
+    """t0, flan, gpteacher, gsm8k, mbpp or bbh."""
+    label: str
+    """What decides a hit: source:dataset or source:task."""
+    prompt: str
+    response: str
+    held_out: bool
+    """Whether it belongs to the targets."""
+
+    @property
+    def text(self) -> str:
+        return f"{self.prompt}\n{self.response}".strip()
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What is searched for, and what counts as found."""
+
+    members: np.ndarray
+    """Places of the rows that target examples are drawn from; none is in the pool."""
+    relevant: np.ndarray
+    """Places of the pool rows that count as hits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Rows, pool, targets, and every row's embeddings."""
+
+    size: str
+    rows: list[Row]
+    pool: np.ndarray
+    """Places of the pool's rows."""
+    targets: dict[str, Target]
+    folder: Path
+    """Where the embeddings are kept."""
+    _kept: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def n_tokens(self) -> np.ndarray:
+        """Tokens of each row's text, special ones counted, after the cut."""
+        return np.load(self.folder / "n_tokens.npy")
+
+    @property
+    def is_trainable(self) -> np.ndarray:
+        """Rows that may be trained on: BBH is for evaluation alone."""
+        return np.array([row.source != "bbh" for row in self.rows])
+
+    def representation(self, name: str) -> Any:
+        """[n_rows, d] embeddings by name: csr_array float32 for SPARSE, ndarray for DENSE."""
+        if name not in self._kept:
+            if name in SPARSE:
+                self._kept[name] = sparse.csr_array(sparse.load_npz(self.folder / f"{name}.npz"))
+            elif name in DENSE:
+                self._kept[name] = np.load(self.folder / f"{name}.npy")
+            else:
+                raise UserError(f"Expected one of {SPARSE + DENSE}, got {name!r}.")
+        return self._kept[name]
+
+
+# ---- rows ----
+
+
+def _lines(*path: str) -> Iterator[dict[str, Any]]:
+    with gzip.open(SHARED.joinpath(*path), "rt", encoding="utf-8") as handle:
+        for line in handle:
+            yield json.loads(line)
+
+
+def _sampled(rows: list[Any], n: int, seed: int) -> list[Any]:
+    """At most n of the rows, in their order."""
+    if len(rows) <= n:
+        return rows
+    kept = np.random.default_rng(seed).permutation(len(rows))[:n]
+    return [rows[i] for i in np.sort(kept)]
+
+
+def t0_source(template: str) -> str:
+    """The source dataset of a T0 template."""
+    found = [name for name in T0_SOURCES if template.startswith(name)]
+    return max(found, key=len)
+
+
+def _t0(n: int, n_target: int) -> Iterator[tuple[str, str, str, str, bool]]:
+    pool: list[Any] = []
+    held: dict[str, list[Any]] = {name: [] for name in HELD_OUT_TEMPLATES.values()}
+    for row in _lines("t0_p3_sample", "t0_train_sample.jsonl.gz"):
+        held.get(row["template"], pool).append(row)
+    for row in _sampled(pool, n, 1):
+        yield "t0", f"t0:{t0_source(row['template'])}", row["prompt"], row["completion"], False
+    for source, template in HELD_OUT_TEMPLATES.items():
+        for row in _sampled(held[template], n_target, 2):
+            yield "t0", f"t0:{source}", row["prompt"], row["completion"], True
+
+
+def _flan(n: int) -> Iterator[tuple[str, str, str, str, bool]]:
+    files = [p for p in sorted((SHARED / "flan_cot").glob("*.tsv.gz")) if "gsm8k" not in p.name]
+    found = []
+    for path in files:
+        task = path.name.split("_train")[0]
+        with gzip.open(path, "rt", encoding="utf-8") as handle:
+            for line in handle:
+                cells = [cell.replace("\\n", "\n") for cell in line.rstrip("\n").split("\t")]
+                if len(cells) == 3:
+                    found.append((task, cells[0], f"{cells[2]}\n{cells[1]}"))
+    for task, prompt, response in _sampled(found, n, 3):
+        yield "flan", f"flan:{task}", prompt, response, False
+
+
+def _gpteacher(n: int) -> Iterator[tuple[str, str, str, str, bool]]:
+    found = []
+    for path in sorted((SHARED / "gpteacher").glob("*.json.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as handle:
+            rows = json.load(handle)
+        name = path.name.split("-")[0]
+        for row in rows:
+            prompt = f"{row['instruction']}\n{row.get('input') or ''}".strip()
+            found.append((name, prompt, row["response"]))
+    for name, prompt, response in _sampled(found, n, 4):
+        yield "gpteacher", f"gpteacher:{name}", prompt, response, False
+
+
+def _gsm8k(n: int, n_target: int) -> Iterator[tuple[str, str, str, str, bool]]:
+    for name, count, held_out in (("train", n, False), ("test", n_target, True)):
+        for row in _sampled(list(_lines("gsm8k", f"{name}.jsonl.gz")), count, 5):
+            yield "gsm8k", "gsm8k", row["question"], row["answer"], held_out
+
+
+def _mbpp(n: int, n_target: int) -> Iterator[tuple[str, str, str, str, bool]]:
+    rows = list(_lines("mbpp", "mbpp.jsonl.gz"))
+    order = np.random.default_rng(6).permutation(len(rows))
+    half = len(rows) // 2
+    for places, count, held_out in ((order[:half], n, False), (order[half:], n_target, True)):
+        for place in places[:count]:
+            row = rows[place]
+            yield "mbpp", "mbpp", row["text"], row["code"].replace("\r\n", "\n"), held_out
+
+
+def _bbh(n: int, n_target: int) -> Iterator[tuple[str, str, str, str, bool]]:
+    tasks: dict[str, list[Any]] = {}
+    for row in _lines("bbh", "bbh.jsonl.gz"):
+        tasks.setdefault(row["task"], []).append(row)
+    for task, rows in sorted(tasks.items()):
+        order = np.random.default_rng(7).permutation(len(rows))
+        half = len(rows) // 2
+        for places, count, held_out in ((order[:half], n, False), (order[half:], n_target, True)):
+            for place in places[:count]:
+                row = rows[place]
+                yield "bbh", f"bbh:{task}", row["input"], row["target"], held_out
+
+
+def make_rows(size: str) -> list[Row]:
+    """The rows of the pool and of the targets, each text once (the first of its kind stays)."""
+    n, m = POOL_ROWS[size], TARGET_ROWS[size]
+    parts = (
+        _t0(n["t0"], m), _flan(n["flan"]), _gpteacher(n["gpteacher"]), _gsm8k(n["gsm8k"], m),
+        _mbpp(n["mbpp"], m), _bbh(n["bbh"], m),
+    )  # fmt: skip
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for source, label, prompt, response, held_out in (row for part in parts for row in part):
+        row = Row(len(rows), source, label, prompt, response, held_out)
+        if row.text and row.text not in seen:
+            seen.add(row.text)
+            rows.append(row)
+    return rows
+
+
+def make_targets(rows: list[Row]) -> dict[str, Target]:
+    """A target for each label that has held-out rows."""
+    labels = np.array([row.label for row in rows])
+    held = np.array([row.held_out for row in rows])
+    names = dict.fromkeys(labels[held])
+    return {
+        str(name): Target(
+            np.flatnonzero(held & (labels == name)), np.flatnonzero(~held & (labels == name))
+        )
+        for name in names
+    }
+
+
+# ---- embeddings ----
+
+
+def cut(lm: LanguageModel, text: str) -> str:
+    """The text up to the end of its 128th token."""
+    offsets = lm.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return text if len(offsets) <= MAX_TOKENS else text[: offsets[MAX_TOKENS - 1][1]]
+
+
+def saes() -> dict[str, SAE]:
+    """The GBA and the TopK SAE of benchmarks.agreement, seed 0: trained if they are not there."""
+    data = prepare("full")
+    folder = cache_dir() / "benchmarks" / "agreement"
+    return {
+        kind: trained(data.train, make_variant(kind, "default", "full"), 0, folder)
+        for kind in ("gba", "topk")
+    }
+
+
+class Means:
+    """Sums of vectors by row: plain, and weighted by the position in the row."""
+
+    def __init__(self, n_rows: int, d: int, weighted: bool = False) -> None:
+        self.total = np.zeros((n_rows, d))
+        self.weight = np.zeros(n_rows)
+        self.weighted = weighted
+
+    def update(self, x: torch.Tensor, row: np.ndarray, position: np.ndarray) -> None:
+        weight = position.astype(np.float64) if self.weighted else np.ones(len(row))
+        np.add.at(self.total, row, x.double().numpy() * weight[:, None])
+        np.add.at(self.weight, row, weight)
+
+    def compute(self) -> np.ndarray:
+        return (self.total / np.maximum(self.weight, 1e-12)[:, None]).astype(np.float32)
+
+
+def neuron_codes(x: torch.Tensor, k: int | None) -> Codes:
+    """Positive part of the neurons as sparse codes, the k largest of a token."""
+    x = x.float().relu()
+    if k is None:
+        return codes_where(x > 0, x)
+    values, index = x.topk(k, dim=1)
+    return codes_at(index, values, x.shape[1])
+
+
+def embed(rows: list[Row], folder: Path) -> None:
+    """All representations of all rows into the folder, in one pass of the model."""
+    lm = load_model("smollm2-135m", dtype=torch.bfloat16)
+    kinds = saes()
+    texts = [cut(lm, row.text) for row in rows]
+    source = [TextRow(i, text, {}) for i, text in enumerate(texts)]
+    n, width = len(rows), lm.d_model
+    sums = {"hidden": Means(n, width), "hidden_last": Means(n, width), "rds": Means(n, width, True)}
+    poolers = {
+        f"{kind}{end}": RowPooler(sae.d_sae, pooling)
+        for kind, sae in kinds.items()
+        for end, pooling in (("", "mean"), ("_max", "max"))
+    }
+    n_neurons = lm.model.config.intermediate_size
+    neurons = {"mlp": None, "mlp_topk": N_NEURONS}
+    poolers |= {name: RowPooler(n_neurons, "mean") for name in neurons}
+    config = HarvestConfig(context_size=MAX_TOKENS)
+    done = 0
+    for found in stream_activations(lm, source, [HOOK, LAST, NEURONS], config):
+        middle, last, gates = found[HOOK], found[LAST], found[NEURONS]
+        ids, position = middle.row_id, middle.position
+        for name, batch in (("hidden", middle), ("hidden_last", last), ("rds", last)):
+            sums[name].update(batch.x, ids.numpy(), position.numpy())
+        for kind, sae in kinds.items():
+            with evaluating(sae):
+                codes = sae.encode_sparse(middle.x.float())
+            for end in ("", "_max"):
+                poolers[f"{kind}{end}"].update(codes, ids, position)
+        for name, k in neurons.items():
+            poolers[name].update(neuron_codes(gates.x, k), ids, position)
+        done += len(middle)
+        print(f"\r{done:,} tokens", end="", flush=True)
+    print()
+    every = np.arange(n)
+    for name, stats in sums.items():
+        np.save(folder / f"{name}.npy", stats.compute())
+    for name, pooler in poolers.items():
+        acts, _ = pooler.compute(every)
+        sparse.save_npz(folder / f"{name}.npz", acts)
+    lengths = [len(lm.tokenizer(text)["input_ids"]) for text in texts]
+    np.save(folder / "n_tokens.npy", np.array(lengths))
+
+
+def load(size: str = "reduced") -> Data:
+    """The benchmark's data; the first call embeds the rows and keeps them in the cache folder.
+
+    Raises:
+        UserError: ../shared/data is absent.
+    """
+    if not SHARED.is_dir():
+        raise UserError(f"Expected the data sets at {SHARED}, got no such folder.")
+    rows = make_rows(size)
+    folder = cache_dir() / "benchmarks" / f"selection-{size}"
+    if not (folder / "n_tokens.npy").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        embed(rows, folder)
+    pool = np.flatnonzero([not row.held_out for row in rows])
+    data = Data(size, rows, pool, make_targets(rows), folder)
+    if len(data.n_tokens) != len(rows):
+        raise UserError(f"Expected embeddings of {len(rows)} rows in {folder}; delete the folder.")
+    return data
+
+
+def main() -> None:
+    """Build the cache and print what is in it."""
+    parser = argparse.ArgumentParser(description="Data of the selection benchmark.")
+    parser.add_argument("--size", choices=POOL_ROWS, default="reduced")
+    data = load(parser.parse_args().size)
+    print(f"{len(data.pool):,} pool rows, {len(data.rows) - len(data.pool):,} target rows")
+    print(f"{data.n_tokens.mean():.0f} tokens a row, {len(data.targets)} targets")
+    for name, target in data.targets.items():
+        print(f"  {name}: {len(target.members)} examples, {len(target.relevant)} hits")
+    print(f"{os.path.relpath(data.folder, Path.home())} below the home folder")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""Similarity measures of the selection suite: steps on the features, a metric, groups, a strategy.
+
+    steps       applied to every row, fitted on the pool alone, one after the other
+    prototypes  the mean of the stepped features over the examples of a group
+    metric      of each pool row to each prototype; larger is nearer
+    groups      one prototype a target ("one"), one a label ("label"), one an example ("each"),
+                or k-means of the examples ("kmeans4": four)
+    strategy    how several prototypes make one ranking: "max", "mean", "round_robin"
+
+The published method (MONA, arXiv 2503.15573) is no step, "jaccard", "one". Everything is dense in
+blocks of rows, so that the pool itself may be sparse and large.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Int64
+from scipy import sparse
+from scipy.linalg import cholesky, solve_triangular
+
+from benchmarks.rivals import Draws, averaging, round_robin
+from sae_apps.selection.similarity import score
+from sae_core.errors import UserError
+
+BLOCK = 4096  # rows made dense at a time: 75 MB at 4,608 latents
+MAX_PROTOTYPES = 1024  # scored at a time where a target has many
+Block = Float[np.ndarray, "n d"]
+Step = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way to rank a pool by likeness to target examples."""
+
+    name: str
+    """Names the rows of results."""
+    representation: str
+    """As benchmarks.selection_data names it."""
+    metric: str = "cosine"
+    """A key of METRICS."""
+    steps: tuple[str, ...] = ()
+    """Of `fit_step`, in order."""
+    groups: str = "one"
+    """one, label, each, or kmeansN."""
+    strategy: str = "max"
+    """max, mean or round_robin; of no effect with one prototype."""
+    strata: bool = False
+    """Rank within log2-length bins, with the quotas of the target examples' lengths."""
+    family: str = "ours"
+    """published, ours, baseline or ablation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a measure needs to know of the benchmark."""
+
+    matrix: Any
+    """[n_rows, d] features of all rows, ndarray or csr_array."""
+    pool: Int[np.ndarray, " n_pool"]
+    """Places of the pool's rows."""
+    labels: np.ndarray
+    """Label of each row, for groups."""
+    lengths: Int[np.ndarray, " n_rows"]
+    """Tokens of each row, for strata."""
+    k: int
+    """Deepest rank that anyone looks at."""
+
+
+# ---- steps ----
+
+
+def dense(matrix: Any, places: Int[np.ndarray, " n"]) -> Block:
+    """Rows of a dense or sparse matrix, dense float32."""
+    rows = matrix[places]
+    return np.asarray(rows.toarray() if sparse.issparse(rows) else rows, dtype=np.float32)
+
+
+def fit_step(name: str, blocks: Callable[[], Iterator[Block]]) -> Step:
+    """A function of row blocks, fitted on the pool.
+
+    idf           x_j log((N + 1) / (df_j + 1)), df_j rows with x_j > 0
+    idf2          the same, squared weight
+    centre        x - mean of the pool
+    standardise   x_j / standard deviation of x_j
+    whiten:S      (x - mean) L^(-T), L L^T = C + S tr(C) / d, C the pool's covariance; then `dot`
+                  with a prototype is the linear discriminant of target against pool
+    l1, unit      rows to sum 1, to Euclidean length 1
+    excess        max(x - mean of the pool, 0)
+    power:P       x_j^P; sqrt is power:0.5
+    binary        1 where x_j > 0
+    split         [max(x, 0), max(-x, 0)]: signed features for a metric that wants none
+    topN          the N largest x_j of a row
+
+    Raises:
+        UserError: no such step.
+    """
+    if name in ("idf", "idf2"):
+        df, n = _summed(blocks, lambda x: (x > 0).sum(0))
+        weight = np.log((n + 1) / (df + 1)).astype(np.float32) ** (2 if name == "idf2" else 1)
+        return lambda x: x * weight
+    if name == "centre":
+        mean = pool_mean(blocks)
+        return lambda x: x - mean
+    if name == "standardise":
+        mean = pool_mean(blocks)
+        square, n = _summed(blocks, lambda x: np.square(x - mean, dtype=np.float64).sum(0))
+        spread = np.sqrt(square / n)
+        inverse = np.where(spread > 0, 1 / np.maximum(spread, 1e-12), 0).astype(np.float32)
+        return lambda x: x * inverse
+    if name.startswith("whiten:"):
+        return _whitening(blocks, float(name.partition(":")[2]))
+    if name == "l1":
+        return lambda x: x / np.maximum(np.abs(x).sum(1, keepdims=True), 1e-12)
+    if name == "unit":
+        return unit
+    if name == "excess":
+        mean = pool_mean(blocks)
+        return lambda x: np.maximum(x - mean, 0)
+    if name == "sqrt":
+        return np.sqrt
+    if name.startswith("power:"):
+        power = float(name.partition(":")[2])
+        return lambda x: x**power
+    if name == "binary":
+        return lambda x: (x > 0).astype(np.float32)
+    if name == "split":
+        return lambda x: np.concatenate([np.maximum(x, 0), np.maximum(-x, 0)], axis=1)
+    if name.startswith("top") and name[3:].isdigit():
+        return lambda x: _largest(x, int(name[3:]))
+    raise UserError(f"Expected a step that fit_step lists, got {name!r}.")
+
+
+def unit(x: Block) -> Block:
+    """Rows at Euclidean length 1; rows of zeros stay."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def _summed(
+    blocks: Callable[[], Iterator[Block]], function: Callable[[Block], Any]
+) -> tuple[Float[np.ndarray, " d"], int]:
+    """(sum of a function over the pool's blocks, rows of the pool)."""
+    total, n = None, 0
+    for block in blocks():
+        part = np.asarray(function(block), dtype=np.float64)
+        total = part if total is None else total + part
+        n += len(block)
+    if total is None:
+        raise UserError("Expected a pool with rows, got none.")
+    return total, n
+
+
+def pool_mean(blocks: Callable[[], Iterator[Block]]) -> Float32[np.ndarray, " d"]:
+    """Mean row of the pool."""
+    total, n = _summed(blocks, lambda x: x.sum(0, dtype=np.float64))
+    return (total / n).astype(np.float32)
+
+
+def _whitening(blocks: Callable[[], Iterator[Block]], shrinkage: float) -> Step:
+    mean = pool_mean(blocks)
+    total, n = _summed(blocks, lambda x: (x - mean).T @ (x - mean))
+    covariance = total / n
+    covariance[np.diag_indices_from(covariance)] += max(
+        shrinkage * float(np.trace(covariance)) / len(covariance), 1e-12
+    )
+    lower = cholesky(covariance, lower=True, overwrite_a=True)
+    inverse = solve_triangular(lower, np.eye(len(lower)), lower=True).T.astype(np.float32)
+    return lambda x: (x - mean) @ inverse
+
+
+def _largest(x: Block, n: int) -> Block:
+    if n >= x.shape[1]:
+        return x
+    bound = np.partition(x, -n, axis=1)[:, -n, None]
+    return np.where(x >= bound, x, 0)
+
+
+# ---- metrics: (rows, prototypes, mean row of the pool) -> likeness ----
+
+
+def cosine(x: Block, prototypes: Block, mean: Any = None) -> Block:
+    """x.p / |x||p|."""
+    return unit(x) @ unit(prototypes).T
+
+
+def dot(x: Block, prototypes: Block, mean: Any = None) -> Block:
+    """x.p"""
+    return x @ prototypes.T
+
+
+def l2(x: Block, prototypes: Block, mean: Any = None) -> Block:
+    """Minus the squared Euclidean distance."""
+    squares = np.square(x).sum(1)[:, None] + np.square(prototypes).sum(1)[None, :]
+    return 2 * (x @ prototypes.T) - squares
+
+
+def jaccard(x: Block, prototypes: Block, mean: Any = None) -> Block:
+    """Generalised Jaccard, sum min / sum max: MONA eq. 9, as the application computes it.
+
+    Raises:
+        UserError: negative features.
+    """
+    return score(sparse.csr_array(x), prototypes, "jaccard")
+
+
+def log_odds(x: Block, prototypes: Block, mean: Any) -> Block:
+    """sum_j x_j log((p_j + m_j) / 2 m_j), m the pool's mean: DSIR's weight, half smoothed."""
+    mean = np.maximum(mean, 1e-12)
+    return x @ np.log((prototypes + mean) / (2 * mean)).T
+
+
+METRICS = {"cosine": cosine, "dot": dot, "l2": l2, "jaccard": jaccard, "log_odds": log_odds}
+
+
+# ---- a measure on all draws ----
+
+
+def scores(
+    measure: Measure, setting: Setting, draws: Draws
+) -> Float32[np.ndarray, "n_draws n_pool"]:
+    """Score of every pool row for every draw of examples."""
+    if measure.metric not in METRICS:
+        raise UserError(f"Expected a metric of {', '.join(METRICS)}, got {measure.metric!r}.")
+    matrix, pool = setting.matrix, setting.pool
+    fitted: list[Step] = []
+
+    def stepped(places: Int[np.ndarray, " n"]) -> Block:
+        block = dense(matrix, places)
+        for step in fitted:
+            block = step(block)
+        return np.asarray(block, dtype=np.float32)
+
+    def blocks() -> Iterator[Block]:
+        for start in range(0, len(pool), BLOCK):
+            yield stepped(pool[start : start + BLOCK])
+
+    for name in measure.steps:
+        fitted.append(fit_step(name, blocks))
+    mean = pool_mean(blocks) if measure.metric == "log_odds" else None
+    metric = METRICS[measure.metric]
+    out = np.empty((len(draws), len(pool)), dtype=np.float32)
+    for some in _chunks(draws, measure.groups):
+        members, groups, owner = _groups(measure.groups, stepped, setting, [draws[i] for i in some])
+        features = stepped(members)
+        prototypes = (averaging(groups, len(members)) @ features).astype(np.float32)
+        parts = [metric(block, prototypes, mean) for block in blocks()]
+        likeness = np.ascontiguousarray(np.concatenate(parts).T, dtype=np.float32)
+        out[some] = combined(likeness, owner, measure.strategy, setting.k)
+    return stratified(out, setting, draws) if measure.strata else out
+
+
+def _chunks(draws: Draws, groups: str) -> Iterator[list[int]]:
+    """Draws to score together: all, or so many that their examples stay few."""
+    if groups == "one":
+        yield list(range(len(draws)))
+        return
+    some: list[int] = []
+    n = 0
+    for number, draw in enumerate(draws):
+        if some and n + len(draw) > MAX_PROTOTYPES:
+            yield some
+            some, n = [], 0
+        some.append(number)
+        n += len(draw)
+    yield some
+
+
+def _groups(
+    kind: str, stepped: Callable[[Any], Block], setting: Setting, draws: Draws
+) -> tuple[Int[np.ndarray, " m"], list[Int64[np.ndarray, " n"]], list[Int64[np.ndarray, " p"]]]:
+    """(places of the examples, members of each prototype among them, prototypes of each draw)."""
+    members = np.unique(np.concatenate([np.asarray(draw) for draw in draws]))
+    local = [np.searchsorted(members, draw) for draw in draws]
+    if kind == "one":
+        return members, local, [np.array([i]) for i in range(len(draws))]
+    if kind == "each":
+        return members, [np.array([i]) for i in range(len(members))], local
+    groups: list[Int64[np.ndarray, " n"]] = []
+    owner: list[Int64[np.ndarray, " p"]] = []
+    for places in local:
+        if kind == "label":
+            which = setting.labels[members[places]]
+        elif kind.startswith("kmeans"):
+            which = _clusters(stepped(members[places]), int(kind[6:]))
+        else:
+            raise UserError(f"Expected groups one, label, each or kmeansN, got {kind!r}.")
+        found = [places[which == value] for value in np.unique(which)]
+        owner.append(np.arange(len(groups), len(groups) + len(found)))
+        groups += found
+    return members, groups, owner
+
+
+def _clusters(x: Block, n: int) -> Int[np.ndarray, " m"]:
+    from sklearn.cluster import KMeans
+
+    n = min(n, len(np.unique(x, axis=0)))
+    return KMeans(n, n_init="auto", random_state=0).fit_predict(unit(x))
+
+
+def combined(
+    likeness: Float32[np.ndarray, "p n"], owner: Draws, strategy: str, k: int
+) -> Float32[np.ndarray, "n_draws n"]:
+    """One score a pool row and draw from those of the draw's prototypes."""
+    if strategy == "round_robin":
+        return round_robin(likeness, owner, k)
+    if strategy not in ("max", "mean"):
+        raise UserError(f"Expected a strategy max, mean or round_robin, got {strategy!r}.")
+    merge = np.max if strategy == "max" else np.mean
+    return np.stack([merge(likeness[mine], axis=0) for mine in owner])
+
+
+def stratified(
+    scored: Float32[np.ndarray, "n_draws n"], setting: Setting, draws: Draws
+) -> Float32[np.ndarray, "n_draws n"]:
+    """Scores whose order keeps the target's shares of log2-length bins at every depth.
+
+    The i-th best row of a bin with quota q stands at (i + 1/2) / q: sorted by that, the first n
+    rows hold about n q of the bin. Bins that no example falls into come last.
+    """
+    bins = np.log2(np.maximum(setting.lengths, 1)).astype(int)
+    mine = bins[setting.pool]
+    out = np.empty_like(scored)
+    for row, draw in enumerate(draws):
+        quota = np.bincount(bins[np.asarray(draw)], minlength=bins.max() + 1) / len(draw)
+        order = np.argsort(-scored[row], kind="stable")
+        rank = np.empty(len(order))
+        for value in np.unique(mine):
+            inside = order[mine[order] == value]
+            rank[inside] = (np.arange(len(inside)) + 0.5) / max(quota[value], 1e-9)
+        out[row] = -rank
+    return out
+
+
+# ---- the measures of the table ----
+
+
+def own_measures(kinds: Sequence[str] = ("gba", "topk")) -> list[Measure]:
+    """The published method and its alternatives on SAE codes."""
+    found = []
+    for kind in kinds:
+
+        def add(suffix: str, kind: str = kind, **settings: Any) -> None:
+            found.append(Measure(f"{kind}-{suffix}", kind, **settings))
+
+        add("jaccard", metric="jaccard", family="published")
+        add("cosine")
+        add("l2", metric="l2")
+        add("jaccard-idf", metric="jaccard", steps=("idf",))
+        add("cosine-idf", steps=("idf",))
+        add("jaccard-l1", metric="jaccard", steps=("l1",))
+        add("hellinger", steps=("sqrt",))
+        add("cosine-centre", steps=("centre",))
+        add("cosine-unit-centre", steps=("unit", "centre"))
+        add("hellinger-centre", steps=("sqrt", "unit", "centre"))
+        add("cosine-standardise-centre", steps=("standardise", "centre"))
+        add("log-odds", metric="log_odds", steps=("l1",))
+        add("whiten", steps=("unit", "whiten:1"))
+        add("jaccard-strata", metric="jaccard", strata=True)
+        add("jaccard-each-rr", metric="jaccard", groups="each", strategy="round_robin")
+        add("cosine-each-max", groups="each")
+        add("cosine-each-rr", groups="each", strategy="round_robin")
+        add("cosine-kmeans4-rr", groups="kmeans4", strategy="round_robin")
+        add("cosine-label-rr", groups="label", strategy="round_robin")
+    return found
+
+
+def rival_measures() -> list[Measure]:
+    """Baselines that are a representation and a metric."""
+    return [
+        Measure("hidden-centred", "hidden", steps=("centre",), family="baseline"),
+        Measure("rds+", "rds", steps=("unit",), groups="each", strategy="round_robin",
+                family="baseline"),
+        Measure("rds-mean", "rds", steps=("unit",), family="baseline"),
+        Measure("mlp-jaccard", "mlp", metric="jaccard", family="baseline"),
+        Measure("minilm-mean", "minilm", family="baseline"),
+        Measure("minilm-max", "minilm", groups="each", family="baseline"),
+    ]  # fmt: skip
+
+
+def ablation_measures(representations: Sequence[str]) -> list[Measure]:
+    """Every metric on every representation, plain and centred; signed features are split."""
+    found = []
+    for name in representations:
+        is_signed = name in ("hidden", "hidden_last", "rds", "minilm")
+        for metric in ("jaccard", "cosine", "l2"):
+            steps = ("split",) if metric == "jaccard" and is_signed else ()
+            found.append(Measure(f"{name}-{metric}", name, metric, steps, family="ablation"))
+        found.append(Measure(f"{name}-cosine-centre", name, steps=("centre",), family="ablation"))
+    return found

@@ -1,0 +1,325 @@
+"""Compiled loops over the rows of a CSR matrix: sums of minima or of products with dense vectors.
+
+s[i, q] = sum over the nonzeros k of row i of min(a[i, k], b[q, k])   or of   a[i, k] * b[q, k].
+
+This module needs numba (extra ``cpu``) and is imported by ``kernels`` only where that is present.
+Three choices carry the speed:
+
+- One vector: a gather of b at the row's latents, summed in vector registers. Every index is clamped
+  before it is used, so that a corrupt matrix is reported and never read out of bounds.
+- Several vectors: they lie interleaved as a table [d_sae, width], so that one nonzero needs one
+  contiguous read for all of them. The loop is emitted as LLVM vectors (`_add_row`) because the
+  optimiser, left alone, vectorises over the nonzeros with gathers and is four times slower.
+- Threads are the caller's (every loop releases the GIL). numba's own thread pools abort the process
+  when two Python threads enter them at once, or after a fork.
+
+Values are float32 and every sum is float64, so the result does not depend on a row's neighbours.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import config as numba_config
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from sae_apps.selection.metrics import EQUAL
+from sae_core.download import cache_dir
+
+_SETTINGS: Any = numba_config  # its fields are made at run time
+# Sums may be reordered, so that they fill vector registers; NaN and infinity keep their meaning,
+# since they are how bad values are noticed.
+_REORDER = {"reassoc", "nsz", "contract"}
+
+
+def _cache_folder() -> str | None:
+    """A folder for compiled code that this user may write, or None; never the installed package."""
+    folder = cache_dir() / "numba"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return os.fspath(folder)
+    except OSError:
+        return None
+
+
+def _jit(**options: Any) -> Callable[[Callable], Any]:
+    """numba's njit with the code kept in the user's cache; ``$NUMBA_CACHE_DIR`` wins if it is set.
+
+    numba decides the folder while it decorates, and would choose ``__pycache__`` beside the source.
+    """
+
+    def decorate(function: Callable) -> Any:
+        before = _SETTINGS.CACHE_DIR
+        folder = before or _cache_folder()
+        if folder is None:
+            return njit(nogil=True, **options)(function)
+        _SETTINGS.CACHE_DIR = folder
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        finally:
+            _SETTINGS.CACHE_DIR = before
+
+    return decorate
+
+
+def _emit_row(width: int, minimum: bool, is_double: bool) -> Callable:
+    """Code that adds sum_j min(v[j], table[i[j]]) or sum_j v[j] * table[i[j]] to ``sums``."""
+    narrow = ir.VectorType(ir.FloatType(), width)
+    wide = ir.VectorType(ir.DoubleType(), width) if is_double else narrow
+
+    def widened(builder: Any, vector: Any) -> Any:
+        return builder.fpext(vector, wide) if is_double else vector
+
+    def spread(builder: Any, value: Any) -> Any:
+        lane = ir.Constant(ir.IntType(32), 0)
+        first = builder.insert_element(ir.Constant(narrow, ir.Undefined), value, lane)
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
+        return builder.shuffle_vector(first, first, zeros)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums, table, index, value = (
+            context.make_array(kind)(context, builder, arg)
+            for kind, arg in zip(signature.args[2:], args[2:], strict=True)
+        )
+        place = builder.bitcast(sums.data, wide.as_pointer())
+        total = cgutils.alloca_once_value(builder, builder.load(place, align=4))
+        with cgutils.for_range(builder, index.nitems) as loop:
+            j, kind = loop.index, loop.index.type
+            column = builder.zext(builder.load(builder.gep(index.data, [j])), kind)
+            start = builder.gep(table.data, [builder.mul(column, ir.Constant(kind, width))])
+            there = builder.load(builder.bitcast(start, narrow.as_pointer()), align=4)
+            here = spread(builder, builder.load(builder.gep(value.data, [j])))
+            if minimum:
+                less = builder.fcmp_ordered("<", here, there)
+                term = widened(builder, builder.select(less, here, there))
+            else:
+                term = builder.fmul(widened(builder, here), widened(builder, there))
+            builder.store(builder.fadd(builder.load(total), term), total)
+        builder.store(builder.load(total), place, align=4)
+        return context.get_dummy_value()
+
+    return emit
+
+
+def _type_row(typing_context, width, measure, sums, table, index, value):  # noqa: ANN001, ANN202
+    """sums[q] += sum_j f(value[j], table[index[j], q]) for q < width; the first two are constants.
+
+    ``index`` is uint32 and below the length of the table; all arrays are contiguous. The additions
+    are in the type of ``sums``.
+    """
+    signature = types.void(width, measure, sums, table, index, value)
+    is_minimum, is_double = measure.literal_value == MINIMUM, sums.dtype == types.float64
+    return signature, _emit_row(width.literal_value, is_minimum, is_double)
+
+
+_add_row: Any = intrinsic(prefer_literal=True)(_type_row)
+
+
+MINIMUM, PRODUCT = 0, 1  # what is summed
+BAD_INDEX, BAD_ORDER, BAD_VALUE = 1, 2, 4  # bits of what a loop found wrong
+
+
+@_jit(fastmath=_REORDER)
+def _entry(index, value, weights, n_latents):  # noqa: ANN001, ANN202
+    """Latent, weighted value and complaint of one nonzero; without weights their array is empty."""
+    wanted = np.uint64(index)  # a negative index becomes a huge one
+    latent = min(wanted, np.uint64(n_latents - 1))
+    found = BAD_INDEX * np.int32(wanted != latent) | BAD_VALUE * np.int32(value < 0)
+    if weights is not None:
+        value *= weights[latent]
+    return latent, value, found
+
+
+@lru_cache
+def one_vector(measure: int) -> Any:
+    """The loop over rows for one dense vector, with the checks and the norms of the rows.
+
+    It writes ``sums`` [stop - start, 1] and ``norms`` [stop - start] (sum of the values, or of
+    their squares for products) and returns the BAD_ bits.
+    """
+
+    @_jit(fastmath=_REORDER)
+    def loop(indptr, indices, data, weights, table, start, stop, sums, norms):  # noqa: ANN001, ANN202
+        vector = table[:, 0]
+        found = np.int32(0)
+        for row in range(start, stop):
+            first, end = indptr[row], indptr[row + 1]
+            index, value = indices[first:end], data[first:end]
+            later = index[1:]
+            total, norm = 0.0, 0.0
+            for j in range(len(later)):
+                latent, a, bad = _entry(index[j], value[j], weights, len(vector))
+                found |= bad | BAD_ORDER * np.int32(later[j] <= index[j])
+                total += _term(measure, a, vector[latent])
+                norm += _term(measure, a, a)
+            for j in range(len(later), len(index)):  # the last nonzero has none after it
+                latent, a, bad = _entry(index[j], value[j], weights, len(vector))
+                found |= bad
+                total += _term(measure, a, vector[latent])
+                norm += _term(measure, a, a)
+            sums[row - start, 0] = total
+            norms[row - start] = norm
+        return found
+
+    return loop
+
+
+@_jit(fastmath=_REORDER)
+def _term(measure, a, b):  # noqa: ANN001, ANN202
+    if measure == MINIMUM:
+        return np.float64(a if a < b else b)
+    return np.float64(a) * np.float64(b)
+
+
+@_jit(fastmath=_REORDER)
+def _read_row(measure, index, value, weights, n_latents, latents, values):  # noqa: ANN001, ANN202
+    """Copy one row's checked latents and weighted values; its norm and the complaints."""
+    found, norm = np.int32(0), 0.0
+    later = index[1:]
+    for j in range(len(later)):
+        found |= BAD_ORDER * np.int32(later[j] <= index[j])
+    for j in range(len(index)):
+        latent, a, bad = _entry(index[j], value[j], weights, n_latents)
+        latents[j], values[j] = latent, a
+        found |= bad
+        norm += _term(measure, a, a)
+    return norm, found
+
+
+@_jit()
+def _longest(indptr, start, stop):  # noqa: ANN001, ANN202
+    longest = 0
+    for row in range(start, stop):
+        longest = max(longest, indptr[row + 1] - indptr[row])
+    return longest
+
+
+@lru_cache
+def several_vectors(measure: int, width: int) -> Any:
+    """The loop over rows for ``width`` interleaved vectors; arguments as in ``one_vector``."""
+
+    @_jit()
+    def loop(indptr, indices, data, weights, table, start, stop, sums, norms):  # noqa: ANN001, ANN202
+        longest = _longest(indptr, start, stop)
+        latents, values = np.empty(longest, np.uint32), np.empty(longest, np.float32)
+        found = np.int32(0)
+        for row in range(start, stop):
+            first, end = indptr[row], indptr[row + 1]
+            norm, bad = _read_row(
+                measure, indices[first:end], data[first:end], weights, len(table), latents, values
+            )
+            sums[row - start] = 0.0
+            n = end - first
+            _add_row(width, measure, sums[row - start], table, latents[:n], values[:n])
+            norms[row - start] = norm
+            found |= bad
+        return found
+
+    return loop
+
+
+JACCARD, COSINE, L2 = 0, 1, 2
+_UNIT, _TINY = 2.0**-23, 2.0**-126  # twice the rounding of float32; its least normal number
+
+
+@_jit()
+def _similarity(metric, total, left, right):  # noqa: ANN001, ANN202
+    """The same arithmetic as ``metrics.similarity_of``, for one pair."""
+    if metric == L2:
+        square = left + right - 2 * total
+        return -np.sqrt(square) if square > EQUAL * (left + right) else 0.0
+    below = left + right - total if metric == JACCARD else np.sqrt(left * right)
+    return total / below if below > 0 else 0.0
+
+
+@_jit()
+def _bar(metric, worst, right):  # noqa: ANN001, ANN202
+    """(c, e) so that a score above ``worst`` needs a sum above c * x + e.
+
+    x is |a|_1 for the Jaccard, |a| for the cosine, |a|^2 for the distance.
+    """
+    if worst == -np.inf:
+        return 0.0, -np.inf
+    if metric == JACCARD:  # m > w (|a| + |b| - m)
+        return worst / (1 + worst), worst / (1 + worst) * right
+    if metric == COSINE:
+        return worst * np.sqrt(right), 0.0
+    # |a|^2 + |b|^2 - 2 a.b < w^2, or counted as equal
+    near = 0.5 * (1 - EQUAL)
+    return near, near * right - 0.5 * worst * worst
+
+
+@_jit()
+def _insert(scores, rows, score, row):  # noqa: ANN001, ANN202
+    """Put a pair into a list of falling scores, behind its equals; the last one falls out."""
+    place = len(scores) - 1
+    while place > 0 and scores[place - 1] < score:
+        scores[place], rows[place] = scores[place - 1], rows[place - 1]
+        place -= 1
+    scores[place], rows[place] = score, row
+
+
+@lru_cache
+def nearest_rows(measure: int, width: int) -> Any:
+    """The loop over rows that keeps the best ones of up to ``width`` queries.
+
+    The latents that any query has lie in ``table`` [., width], at ``slots[latent]``, else -1. The
+    sums are made in float32 there. A row whose sum could reach a query's list if the rounding went
+    its way (n additions of non-negative numbers err by at most n / 2^24 of the sum) is summed again
+    in float64 over ``queries`` [q, d_sae], and only that sum decides: the result is exact. Rows
+    come in ascending order, so among equal scores the first stays.
+
+    ``scores`` [q, k] and ``rows`` [q, k] hold the lists. Returns False where a row is bad.
+    """
+
+    @_jit()
+    def loop(  # noqa: ANN202
+        metric, indptr, indices, data, weights, start, stop,  # noqa: ANN001
+        table, slots, queries, norms, scores, rows,  # noqa: ANN001
+    ):  # fmt: skip
+        longest = _longest(indptr, start, stop)
+        latents, entries = np.empty(longest, np.uint32), np.empty(longest, np.float32)
+        slot, entry = np.empty(longest, np.uint32), np.empty(longest, np.float32)
+        sums = np.empty(width, np.float32)
+        slope, base = np.zeros(width), np.full(width, np.inf)
+        base[: len(scores)] = -np.inf
+        for row in range(start, stop):
+            first, end = indptr[row], indptr[row + 1]
+            norm, bad = _read_row(
+                measure, indices[first:end], data[first:end], weights, len(slots), latents, entries
+            )
+            if bad or not np.isfinite(norm):
+                return False
+            n = 0
+            for j in range(end - first):
+                if slots[latents[j]] >= 0:
+                    slot[n], entry[n] = slots[latents[j]], entries[j]
+                    n += 1
+            sums[:] = 0.0
+            _add_row(width, measure, sums, table, slot[:n], entry[:n])
+            x = np.sqrt(norm) if metric == COSINE else norm
+            slack, least = 1 + (n + 8) * _UNIT, (n + 1) * _TINY
+            hits = np.int32(0)
+            for q in range(width):
+                hits |= np.int32(sums[q] * slack + least >= slope[q] * x + base[q])
+            if hits == 0:
+                continue
+            for q in range(len(scores)):
+                if sums[q] * slack + least >= slope[q] * x + base[q]:
+                    total = 0.0
+                    for j in range(end - first):
+                        total += _term(measure, entries[j], queries[q, latents[j]])
+                    score = np.float32(_similarity(metric, total, norm, norms[q]))
+                    if score > scores[q, -1]:
+                        _insert(scores[q], rows[q], score, row)
+                        slope[q], base[q] = _bar(metric, np.float64(scores[q, -1]), norms[q])
+        return True
+
+    return loop

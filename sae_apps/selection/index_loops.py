@@ -1,0 +1,248 @@
+"""Compiled loops of the index: darts of a weighted min-hash, projections, scores of candidates.
+
+Like ``compiled`` this module needs numba (extra ``cpu``); the modules of the index import it inside
+their functions. Rows are given as the three arrays of canonical CSR, checked before; threads are
+the caller's.
+"""
+
+import numpy as np
+
+from sae_apps.selection.compiled import _REORDER, PRODUCT, _add_row, _jit
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)  # the constants of splitmix64 (Steele, Lea, Flood 2014)
+_M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
+# Bits of a dart's hash: 16 of the bucket, 1 of the code, 23 of the rank, 24 of the weight.
+_BUCKET, _BIT, _RANK, _RANK_MASK, _WEIGHT = (
+    np.uint64(0xFFFF), np.uint64(16), np.uint64(17), np.uint64(0x7FFFFF), np.uint64(40),
+)  # fmt: skip
+_ONE, _U16, _U5, _U56 = np.uint64(1), np.uint64(16), np.uint64(5), np.uint64(56)
+RANKS, GROUPS = 6.0, 8  # from stage to stage: the ranks reach so much further, groups grow so much
+
+
+@_jit(inline="always")
+def _mix(z):  # noqa: ANN001, ANN202
+    """A bijection of 64 bits that looks random: the finaliser of splitmix64."""
+    z = (z ^ (z >> _S30)) * _M1
+    z = (z ^ (z >> _S27)) * _M2
+    return z ^ (z >> _S31)
+
+
+@_jit()
+def stage_darts(  # noqa: ANN201
+    seed, latent, stage, weight, width, low, high, group, counts,  # noqa: ANN001
+    weights, ranks, hashes,  # noqa: ANN001
+):  # fmt: skip
+    """The darts of one latent below a weight with ranks from low to high; their number.
+
+    Layers of weight [0, w), [w, 2w), [2w, 4w), ... are cut into areas along the rank that hold one
+    dart on average; an area's hash gives its number of darts and the place of each. Those that find
+    no room in the arrays are counted only.
+    """
+    key = _mix(seed ^ (np.uint64(latent) * _STEP) ^ (np.uint64(stage) << _U56))
+    n, room = 0, len(weights)
+    floor, level = 0.0, np.uint64(0)
+    while floor < weight:
+        height = group / width
+        base, area = low, _mix(key + level * _M1)
+        while base < high:
+            z = _mix(area)
+            q = 0
+            while z > counts[q]:
+                q += 1
+                h = _mix(z + np.uint64(q) * _STEP)
+                w = floor + width * (np.float64(h >> _WEIGHT) * 2.0**-24)
+                rank = base + height * (np.float64((h >> _RANK) & _RANK_MASK) * 2.0**-23)
+                if w < weight and rank < high:
+                    if n < room:
+                        weights[n], ranks[n], hashes[n] = w, rank, h
+                    n += 1
+            area += _STEP
+            base += height
+        floor += width
+        width *= 1.0 if level == 0 else 2.0
+        level += _ONE
+    return n
+
+
+@_jit()
+def dart_table(seed, stage, caps, width, low, high, group, counts):  # noqa: ANN001, ANN201
+    """All darts of a stage below the caps: (starts by latent, weights, ranks, hashes).
+
+    Those of a latent rise with the weight, so that a row reads the first few.
+    """
+    starts = np.zeros(len(caps) + 1, np.int64)
+    none = np.empty(0)
+    nothing = np.empty(0, np.uint64)
+    for i in range(len(caps)):
+        starts[i + 1] = starts[i] + stage_darts(
+            seed, i, stage, caps[i], width, low, high, group, counts, none, none, nothing
+        )
+    n = starts[-1]
+    weights, ranks, hashes = np.empty(n), np.empty(n), np.empty(n, np.uint64)
+    for i in range(len(caps)):
+        a, b = starts[i], starts[i + 1]
+        stage_darts(
+            seed, i, stage, caps[i], width, low, high, group, counts,
+            weights[a:b], ranks[a:b], hashes[a:b],
+        )  # fmt: skip
+        order = np.argsort(weights[a:b])
+        weights[a:b], ranks[a:b] = weights[a:b][order], ranks[a:b][order]
+        hashes[a:b] = hashes[a:b][order]
+    return starts, weights, ranks, hashes
+
+
+@_jit()
+def _hit(rank, h, group, n_groups, best, bits):  # noqa: ANN001, ANN202
+    """Let one dart into the buckets of its group; how many had none."""
+    filled = 0
+    place = np.uint64(((h & _BUCKET) * n_groups) >> _U16) * group
+    for k in range(place, place + group):
+        if rank < best[k]:
+            filled += best[k] == np.inf
+            best[k] = rank
+            h_k = h if group == _ONE else _mix(h ^ k)
+            bits[k] = (h_k >> _BIT) & _ONE
+    return filled
+
+
+@_jit()
+def _read_table(index, value, caps, table, group, n_groups, best, bits):  # noqa: ANN001, ANN202
+    """The darts of one row that a table holds; buckets filled."""
+    starts, weights, ranks, hashes = table
+    filled = 0
+    for j in range(len(index)):
+        latent, weight = np.uint32(index[j]), np.float64(value[j])
+        if weight > caps[latent]:
+            continue
+        for d in range(starts[latent], starts[latent + np.uint32(1)]):
+            if weights[d] >= weight:
+                break
+            filled += _hit(ranks[d], hashes[d], group, n_groups, best, bits)
+    return filled
+
+
+@_jit()
+def _make_darts(  # noqa: ANN202
+    seed, index, value, caps, stage, width, low, high, counts, group, n_groups, best, bits  # noqa: ANN001
+):  # fmt: skip
+    """The darts of one row that no table holds; buckets filled."""
+    filled = 0
+    weights, ranks, hashes = np.empty(64), np.empty(64), np.empty(64, np.uint64)
+    for j in range(len(index)):
+        latent, weight = np.uint32(index[j]), np.float64(value[j])
+        if weight <= caps[latent]:
+            continue
+        n = len(weights) + 1
+        while n > len(weights):  # once more with room for all
+            n = stage_darts(
+                seed, latent, stage, weight, width, low, high, group, counts,
+                weights, ranks, hashes,
+            )  # fmt: skip
+            if n > len(weights):
+                weights, ranks, hashes = np.empty(n), np.empty(n), np.empty(n, np.uint64)
+        for d in range(n):
+            filled += _hit(ranks[d], hashes[d], group, n_groups, best, bits)
+    return filled
+
+
+@_jit()
+def dart_codes(  # noqa: ANN201
+    indptr, indices, data, start, stop, caps, tables, width, horizon, seed, counts, codes,  # noqa: ANN001
+):  # fmt: skip
+    """One bit a bucket into ``codes`` [stop - start, n_bits / 8]; module ``sketch`` says how.
+
+    ``width`` is the weight of the lowest layer, ``horizon`` the rank where the first stage ends,
+    ``counts`` the distribution function of a Poisson(1) number, as fractions of 2^64, ``tables``
+    the darts of the first stages below the weights ``caps``; all others are made when needed.
+    """
+    n_bits = codes.shape[1] * 8
+    best, bits = np.empty(n_bits), np.zeros(n_bits, np.uint8)
+    without = np.zeros(len(caps))
+    for row in range(start, stop):
+        first, end = indptr[row], indptr[row + 1]
+        index, value = indices[first:end], data[first:end]
+        if first == end or value.max() <= 0:
+            continue
+        best[:] = np.inf
+        n_open, stage, low, high, group = n_bits, 0, 0.0, horizon, 1
+        while n_open > 0:
+            size, n_groups, above = np.uint64(group), np.uint64(n_bits // group), without
+            if stage < len(tables):
+                above = caps
+                n_open -= _read_table(index, value, caps, tables[stage], size, n_groups, best, bits)
+            n_open -= _make_darts(
+                seed, index, value, above, stage, width, low, high, counts, size, n_groups,
+                best, bits,
+            )  # fmt: skip
+            low, high, group = high, RANKS * high, min(GROUPS * group, n_bits)
+            stage += 1
+        for k in range(0, n_bits, 8):
+            byte = bits[k]
+            for b in range(1, 8):
+                byte |= bits[k + b] << b
+            codes[row - start, k >> 3] = byte
+
+
+LANES = 32  # dimensions of one pass: vector registers hold their sums
+
+
+@_jit()
+def project_rows(indptr, indices, values, start, stop, blocks, out):  # noqa: ANN001, ANN201
+    """Rows of CSR times dense blocks [n_blocks, d_sae, LANES], divided by the rows' norms.
+
+    ``values`` and ``indices`` (uint32) belong to the nonzeros from ``indptr[start]`` on.
+    """
+    offset = indptr[start]
+    total = np.empty(LANES, np.float32)
+    for block in range(len(blocks)):
+        place = slice(block * LANES, block * LANES + LANES)
+        for row in range(start, stop):
+            span = slice(indptr[row] - offset, indptr[row + 1] - offset)
+            total[:] = 0
+            _add_row(LANES, PRODUCT, total, blocks[block], indices[span], values[span])
+            out[row - start, place] = total
+    for row in range(start, stop):
+        square = np.float32(0)
+        for value in values[indptr[row] - offset : indptr[row + 1] - offset]:
+            square += value * value
+        if square > 0:
+            out[row - start] *= np.float32(1) / np.sqrt(square)
+
+
+@_jit(fastmath=_REORDER)
+def score_candidates(  # noqa: ANN201
+    indptr, indices, data, offset, q_indptr, q_indices, q_data,  # noqa: ANN001
+    start, stop, rows, places, d_sae, out,  # noqa: ANN001
+):  # fmt: skip
+    """Exact Jaccard of queries start..stop with those of their candidates that lie in one part.
+
+    ``rows`` [q, c] rises along each line and -1 comes first; ``places`` [q] is where each query
+    goes on and is moved. The part holds rows from ``offset`` on; scores go to ``out`` [q, c].
+    """
+    dense = np.zeros(d_sae, np.float32)
+    last = offset + len(indptr) - 1
+    for q in range(start, stop):
+        span = slice(q_indptr[q], q_indptr[q + 1])
+        own = 0.0
+        for j in range(q_indptr[q], q_indptr[q + 1]):
+            dense[q_indices[j]] = q_data[j]
+            own += np.float64(q_data[j])
+        c = places[q]
+        while c < rows.shape[1] and rows[q, c] < last:
+            row = rows[q, c] - offset
+            index, value = (
+                indices[indptr[row] : indptr[row + 1]],
+                data[indptr[row] : indptr[row + 1]],
+            )
+            shared, norm = 0.0, 0.0
+            for j in range(len(index)):
+                # unsigned: numba would else allow for negative indices, at twice the time
+                a, b = value[j], dense[np.uint32(index[j])]
+                shared += np.float64(a if a < b else b)
+                norm += np.float64(a)
+            below = own + norm - shared
+            out[q, c] = shared / below if below > 0 else 0.0
+            c += 1
+        places[q] = c
+        dense[q_indices[span]] = 0
