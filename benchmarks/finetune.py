@@ -50,7 +50,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from benchmarks.common import write_result
+from benchmarks.common import table, write_result
 from benchmarks.finetune_table import UNTRAINED, difference_rows, goals, loss_rows
 from benchmarks.tuning import (
     Example,
@@ -301,7 +301,7 @@ def run_cells(
             done[key] = {"key": key} | run(cell, rows)
             append_jsonl(path, done[key])
             mean = sum(done[key]["nll"]) / sum(e.stop - e.start for e in rows.rows)
-            print(f"{number}/{len(cells)} {cell.target} {cell.method} {cell.share:.0%} seed "
+            print(f"{number}/{len(cells)} {cell.target} {cell.method} {cell.share:.1%} seed "
                   f"{cell.seed}: {mean:.4f}, {done[key]['seconds']:.0f} s", flush=True)  # fmt: skip
         # two methods that choose the same rows in the same order share one training run
         about = {"method": cell.method, "target": cell.target, "share": cell.share,
@@ -370,8 +370,9 @@ def main() -> None:
     )  # fmt: skip
     rows_of = {name: some.rows for name, some in held.items()}
     rows = loss_rows(records, rows_of, args.size)
-    rows += difference_rows(records, rows_of, args.size, args.ours)
-    write_result("finetune", rows, goals, started, merge=True)
+    compared = difference_rows(records, rows_of, args.size, args.ours)
+    write_result("finetune", rows + compared, goals, started, merge=True)
+    print(table(compared))
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class BM25:
             rows = np.unique(np.concatenate([np.asarray(draw) for draw in draws]))
             single = (self.counts[rows] @ self.weights.T).toarray()
             return round_robin(single, [np.searchsorted(rows, draw) for draw in draws], k)
-        queries = sparse.csr_array(averaging(draws, self.counts.shape[0]) @ self.counts)
+        queries = sparse.csr_array(averaging(draws, len(np.diff(self.counts.indptr))) @ self.counts)
         if mode == "set":
             queries.data[:] = 1
         return (queries @ self.weights.T).toarray().astype(np.float32)

@@ -46,9 +46,6 @@ from benchmarks.common import cell, table, write_result
 from benchmarks.rivals import Draws
 from benchmarks.selection_measures import (
     Measure,
-    ablation_measures,
-    own_measures,
-    rival_measures,
     scores,
 )
 from benchmarks.selection_table import (
@@ -66,9 +63,86 @@ from sae_core.disk import disk_errors
 from sae_core.download import scratch_folder
 
 LOG = logging.getLogger(__name__)
+# which latents a row has at all, each with one vote, less what any row of the pool has
+PRESENCE = ("binary", "unit", "centre")
+# the same with the pool's correlations taken out; 30 was the best of 1, 10, 30, 100, 300
+WHITE_PRESENCE = ("binary", "unit", "whiten:30")
 
 
-# ---- the methods of the table ----
+# ---- the measures of the table ----
+
+
+def own_measures(kinds: Sequence[str] = ("gba", "topk")) -> list[Measure]:
+    """The published method and its alternatives on SAE codes."""
+    found = []
+    for kind in kinds:
+
+        def add(suffix: str, kind: str = kind, **settings: Any) -> None:
+            found.append(Measure(f"{kind}-{suffix}", kind, **settings))
+
+        add("jaccard", metric="jaccard", family="published")
+        add("cosine")
+        add("l2", metric="l2")
+        add("jaccard-idf", metric="jaccard", steps=("idf",))
+        add("cosine-idf", steps=("idf",))
+        add("jaccard-l1", metric="jaccard", steps=("l1",))
+        add("hellinger", steps=("sqrt",))
+        add("cosine-centre", steps=("centre",))
+        add("hellinger-centre", steps=("sqrt", "unit", "centre"))
+        add("cosine-standardise-centre", steps=("standardise", "centre"))
+        add("log-odds", metric="log_odds", steps=("l1",))
+        add("jaccard-strata", metric="jaccard", strata=True)
+        add("jaccard-each-rr", metric="jaccard", groups="each", strategy="round_robin")
+        add("jaccard-label-rr", metric="jaccard", groups="label", strategy="round_robin")
+        add("cosine-each-max", groups="each")
+        add("cosine-label-rr", groups="label", strategy="round_robin")
+        add("presence", steps=PRESENCE)
+        add("presence-idf", steps=("binary", "idf", "unit", "centre"))
+        add("presence-log-odds", metric="log_odds", steps=("binary", "l1"))
+        add("presence-label-rr", steps=PRESENCE, groups="label", strategy="round_robin")
+        add("presence-kmeans8-max", steps=PRESENCE, groups="kmeans8")
+        add("presence-each-rr", steps=PRESENCE, groups="each", strategy="round_robin")
+        add("presence-max", steps=PRESENCE, groups="each")
+        add("presence-whiten", steps=WHITE_PRESENCE)
+        add("presence-whiten-max", steps=WHITE_PRESENCE, groups="each")
+    return found
+
+
+def rival_measures() -> list[Measure]:
+    """Baselines that are a representation and a metric, as published and with what helps here."""
+    white = ("unit", "whiten:1")
+    found = [
+        Measure("hidden-centred", "hidden", steps=("centre",)),
+        Measure("hidden-max", "hidden", groups="each"),
+        Measure("hidden-whiten", "hidden", steps=white),
+        Measure("hidden-whiten-max", "hidden", steps=white, groups="each"),
+        Measure("rds+", "rds", groups="each", strategy="round_robin"),
+        Measure("rds-max", "rds", groups="each"),
+        Measure("rds-mean", "rds", steps=("unit",)),
+        Measure("rds-whiten", "rds", steps=white),
+        Measure("mlp-jaccard", "mlp", metric="jaccard"),
+        Measure("mlp-topk-jaccard", "mlp_topk", metric="jaccard"),
+        Measure("mlp-topk-presence-max", "mlp_topk", steps=PRESENCE, groups="each"),
+        Measure("minilm-mean", "minilm"),
+        Measure("minilm-centred", "minilm", steps=("centre",)),
+        Measure("minilm-max", "minilm", groups="each"),
+        Measure("ngrams-tfidf", "ngrams", steps=("idf",)),
+        Measure("ngrams-presence", "ngrams", steps=PRESENCE),
+        Measure("ngrams-presence-max", "ngrams", steps=PRESENCE, groups="each"),
+    ]
+    return [replace(measure, family="baseline") for measure in found]
+
+
+def ablation_measures(representations: Sequence[str]) -> list[Measure]:
+    """Every metric on every representation, plain and centred; signed features are split."""
+    found = []
+    for name in representations:
+        is_signed = name in ("hidden", "hidden_last", "rds", "minilm")
+        for metric in ("jaccard", "cosine", "l2"):
+            steps = ("split",) if metric == "jaccard" and is_signed else ()
+            found.append(Measure(f"{name}-{metric}", name, metric, steps, family="ablation"))
+        found.append(Measure(f"{name}-cosine-centre", name, steps=("centre",), family="ablation"))
+    return found
 
 
 def from_measure(measure: Measure) -> Method:
@@ -148,6 +222,8 @@ def make_bench(data: Any, texts: tuple[str, ...]) -> Bench:
                     rivals.embed_minilm, texts, progress=_progress("MiniLM", len(texts))
                 )
                 last[name] = kept(data.folder, "minilm", texts, embed)
+            elif name == "ngrams":
+                last[name] = rivals.dsir_counts(texts)
             else:
                 last[name] = data.representation(name)
         return last[name]
@@ -228,7 +304,7 @@ def main_methods(bench: Bench) -> list[Method]:
 
 SHOWN = ("name", *PRECISIONS, "r_precision_over_best", "r_precision_worst_over_chance",
          *(f"r_{name}" for name in FAMILIES), "r_mix:bbh", "r_mix:t0", "r_mix:all",
-         "tokens", "distinct2", "sources")  # fmt: skip
+         "tokens", "tokens_over_examples", "distinct2", "sources")  # fmt: skip
 
 
 def write(bench: Bench, methods: Sequence[Method], prefix: str, started: float) -> None:

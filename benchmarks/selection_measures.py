@@ -11,7 +11,7 @@ The published method (MONA, arXiv 2503.15573) is no step, "jaccard", "one". Ever
 blocks of rows, so that the pool itself may be sparse and large.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -330,61 +330,3 @@ def stratified(
             rank[inside] = (np.arange(len(inside)) + 0.5) / max(quota[value], 1e-9)
         out[row] = -rank
     return out
-
-
-# ---- the measures of the table ----
-
-
-def own_measures(kinds: Sequence[str] = ("gba", "topk")) -> list[Measure]:
-    """The published method and its alternatives on SAE codes."""
-    found = []
-    for kind in kinds:
-
-        def add(suffix: str, kind: str = kind, **settings: Any) -> None:
-            found.append(Measure(f"{kind}-{suffix}", kind, **settings))
-
-        add("jaccard", metric="jaccard", family="published")
-        add("cosine")
-        add("l2", metric="l2")
-        add("jaccard-idf", metric="jaccard", steps=("idf",))
-        add("cosine-idf", steps=("idf",))
-        add("jaccard-l1", metric="jaccard", steps=("l1",))
-        add("hellinger", steps=("sqrt",))
-        add("cosine-centre", steps=("centre",))
-        add("cosine-unit-centre", steps=("unit", "centre"))
-        add("hellinger-centre", steps=("sqrt", "unit", "centre"))
-        add("cosine-standardise-centre", steps=("standardise", "centre"))
-        add("log-odds", metric="log_odds", steps=("l1",))
-        add("whiten", steps=("unit", "whiten:1"))
-        add("jaccard-strata", metric="jaccard", strata=True)
-        add("jaccard-each-rr", metric="jaccard", groups="each", strategy="round_robin")
-        add("cosine-each-max", groups="each")
-        add("cosine-each-rr", groups="each", strategy="round_robin")
-        add("cosine-kmeans4-rr", groups="kmeans4", strategy="round_robin")
-        add("cosine-label-rr", groups="label", strategy="round_robin")
-    return found
-
-
-def rival_measures() -> list[Measure]:
-    """Baselines that are a representation and a metric."""
-    return [
-        Measure("hidden-centred", "hidden", steps=("centre",), family="baseline"),
-        Measure("rds+", "rds", steps=("unit",), groups="each", strategy="round_robin",
-                family="baseline"),
-        Measure("rds-mean", "rds", steps=("unit",), family="baseline"),
-        Measure("mlp-jaccard", "mlp", metric="jaccard", family="baseline"),
-        Measure("minilm-mean", "minilm", family="baseline"),
-        Measure("minilm-max", "minilm", groups="each", family="baseline"),
-    ]  # fmt: skip
-
-
-def ablation_measures(representations: Sequence[str]) -> list[Measure]:
-    """Every metric on every representation, plain and centred; signed features are split."""
-    found = []
-    for name in representations:
-        is_signed = name in ("hidden", "hidden_last", "rds", "minilm")
-        for metric in ("jaccard", "cosine", "l2"):
-            steps = ("split",) if metric == "jaccard" and is_signed else ()
-            found.append(Measure(f"{name}-{metric}", name, metric, steps, family="ablation"))
-        found.append(Measure(f"{name}-cosine-centre", name, steps=("centre",), family="ablation"))
-    return found

@@ -29,7 +29,8 @@ PRECISIONS = (*BUDGETS, "r_precision")
 N_SEEDS, N_EXAMPLES = 10, 32
 N_PAIRS = 20_000
 FAMILIES = ("gsm8k", "mbpp", "bbh", "t0")
-HEADLINE = ("gba-jaccard", "gba-cosine")  # the published method, and what is recommended here
+# the published method, and what is recommended here
+HEADLINE = ("gba-jaccard", "gba-presence", "gba-presence-max", "gba-presence-whiten-max")
 Score = Callable[["Bench", Draws], Float32[np.ndarray, "n_draws n_pool"]]
 
 
@@ -239,6 +240,8 @@ def method_rows(
     at = np.array([aim.kind == "target" for aim in bench.aims])
     names = np.array([family(aim.name) for aim in bench.aims])
     chance = np.array([aim.is_hit.mean() for aim in bench.aims])[at]
+    lengths = np.asarray(bench.data.n_tokens)
+    example_tokens = np.array([lengths[np.concatenate(aim.draws)].mean() for aim in bench.aims])
     baselines = [m.name for m in methods if m.family == "baseline" and m.name != "random"]
     rows = []
     for method in methods:
@@ -264,6 +267,9 @@ def method_rows(
             row |= {f"{name}_worst_over_chance": float(over.min()),
                     f"{name}_below_chance": int((over < 0).sum())}  # fmt: skip
         row |= {name: float(mine[name][at].mean()) for name in ("tokens", "distinct2", "sources")}
+        row["tokens_over_examples"] = float(
+            (mine["tokens"][at].mean(1) / example_tokens[at]).mean()
+        )
         rows.append(row)
     return rows
 

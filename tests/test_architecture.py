@@ -28,7 +28,7 @@ HOMES = {
         "sae_core/monet.py",
         "tasks/*",
     ),
-    "datasets": ("tasks/*",),
+    "datasets": ("tasks/*", "sae_apps/selection/result.py"),
     "faiss": ("sae_apps/selection/*",),
     "libpysal": ("sae_apps/geospatial/*",),
     "esda": ("sae_apps/geospatial/*",),

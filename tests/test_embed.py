@@ -279,9 +279,7 @@ def test_an_sae_of_another_model_is_refused(tmp_path, tiny_lm) -> None:
     facts = facts_of(tiny_lm)
     save_sae(tmp_path / "sae", perfect_sae(), facts)
     other = replace(tiny_lm, model_id="other", revision="0123456789abcdef")
-    with pytest.raises(
-        UserError, match=r"stories260k .*, got other \(0123456789ab\)"
-    ):
+    with pytest.raises(UserError, match=r"stories260k .*, got other \(0123456789ab\)"):
         load_encoder(tmp_path / "sae", model=other)
     moved = replace(tiny_lm, model_id="elsewhere")
     assert load_encoder(tmp_path / "sae", model=moved).lm.model_id == "elsewhere", "same weights"

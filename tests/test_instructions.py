@@ -547,7 +547,11 @@ def test_a_template_that_alters_messages_still_tells_where_the_response_begins()
     text, prompt_end, spans, _ = render(row, Tokenizer(DROPS_THOUGHT))
     assert text == "<user>why? u<assistant>because<user>assist<assistant>done"
     assert text[prompt_end:] == "done"
-    assert [text[a:b] for a, b in spans][0] == "why? u"
+    assert [text[a:b] for a, b in spans] == ["why? u", "assist"]  # the others are not as they were
+    # a response that is also the word of a header is found behind the prompt
+    row = row._replace(turns=(*row.turns[:3], ("assistant", "assistant")))
+    text, prompt_end, spans, _ = render(row, Tokenizer(DROPS_THOUGHT))
+    assert spans[-1] == (prompt_end, len(text)) and text[prompt_end:] == "assistant"
 
 
 def test_plain_text_has_no_headers_and_a_base_model_is_named_once(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sae_apps.selection.rooted import explain, mean_of, rooted, score
+from sae_apps.selection.rooted import directions, explain, mean_of, rooted, score
 from sae_core.errors import UserError
 
 TOLERANCE = 1e-5  # float32 products of unit vectors
@@ -68,14 +68,17 @@ def test_a_row_without_latents_scores_0_and_stays_empty():
     assert found[1, 0] > 0.9
 
 
-def test_shares_are_the_positive_parts_of_the_numerator():
+def test_shares_are_the_positive_parts_and_all_parts_make_the_score():
     acts, targets = codes(4, n=3), dense_roots(codes(5))
-    centre, p = mean_of([codes(6)]), targets.mean(0)
-    for i, share in enumerate(explain(acts, p, centre, top=30)):
-        parts = (dense_roots(acts)[i] - centre) * (p - centre)
+    centre = mean_of([codes(6)])
+    aims = directions(targets[:2], centre).mean(0)[None].repeat(3, axis=0)
+    scores = score(acts, targets[:2], centre).mean(1)
+    for i, share in enumerate(explain(acts, aims, centre, top=30)):
+        parts = (dense_roots(acts)[i] - centre) * aims[i]
+        length = np.linalg.norm(dense_roots(acts)[i] - centre)
+        np.testing.assert_allclose(parts.sum() / length, scores[i], atol=TOLERANCE)
         wanted = parts[share.latents] / parts[parts > 0].sum()
         np.testing.assert_allclose(share.shares, wanted, atol=TOLERANCE)
-        assert (acts.toarray()[i, share.latents] > 0).all()
         assert (np.diff(share.shares) <= 0).all()
         active = np.flatnonzero((acts.toarray()[i] > 0) & (parts > 0))
         assert set(share.latents) == set(active)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from test_embed import HOOK_POINT, perfect_sae, with_template
 
-from sae_apps.selection import ranking
+from sae_apps.selection import ranking, rooted, similarity
 from sae_apps.selection.budget import (
     Budget,
     Room,
@@ -38,7 +38,7 @@ from sae_core.provenance import Provenance
 ORIGIN = Provenance("model", "main", HOOK_POINT, "sae", "planted", "0", "torch 2")
 # scores are float32 in the package and float64 in the formulas here
 ROUNDING = 1e-6
-JACCARD = SelectConfig(metric="jaccard")
+JACCARD = SelectConfig(metric="jaccard", prototypes="one", strategy="topk")
 
 
 def features(
@@ -81,7 +81,7 @@ def texts_of_topics(rng: np.random.Generator, topic: np.ndarray, tokens: np.ndar
 # ---- what is picked ----
 
 
-@pytest.mark.parametrize("config", [JACCARD, SelectConfig(metric="cosine"), SelectConfig()])
+@pytest.mark.parametrize("config", [JACCARD, replace(JACCARD, metric="cosine"), SelectConfig()])
 def test_a_planted_topic_is_found(config: SelectConfig) -> None:
     rng = np.random.default_rng(0)
     topic, tokens = rng.integers(0, 4, 400), rng.integers(8, 80, 400)
@@ -137,6 +137,7 @@ def test_the_published_method_is_its_equations(tiny_lm) -> None:
     assert asdict(config) == {
         "metric": "jaccard", "weights": "none", "prototypes": "one", "strategy": "topk",
         "length": "none", "exact_duplicates": False, "near_duplicates": None,
+        "duplicate_span": "all",
         "embed": asdict(EmbedConfig(pooling="mean", span="all", special=True)),
         "n_reasons": 5, "seed": 0,
     }  # fmt: skip
@@ -154,13 +155,13 @@ def test_ties_go_by_index() -> None:
     assert later == sorted(later)
 
 
-@pytest.mark.parametrize("metric", ["jaccard", "cosine", "l2"])
+@pytest.mark.parametrize("metric", ["jaccard", "cosine", "l2", "root"])
 def test_empty_codes_come_last_and_are_counted(metric: str) -> None:
     codes = random_codes(3, 12)
     codes[[0, 5]] = 0
     # far from everything: at this distance an empty code would win by l2
     codes[7:] *= 100
-    config = SelectConfig(metric=metric)
+    config = replace(JACCARD, metric=metric)
     got = select(features(codes), features(random_codes(4, 3)), budget="100%", config=config)
     assert got.picks["row_id"].to_pylist()[-2:] == [0, 5] and got.counts["empty"] == 2
     if metric != "l2":
@@ -443,6 +444,10 @@ def test_duplicates_and_contaminated_rows_are_not_picked(encoder_and_rows) -> No
     assert len(plain) == 12 and [plain.counts[name] for name in names] == [0, 0, 0, 12]
     with pytest.raises(UserError, match="at most the 9 rows .* that may be picked, got 10"):
         select(pool, aims, encoder, 10, config=switches, evaluation=test_set)
+    other = [{**long, "response": "another answer, of other words"}, *pool]
+    asked = replace(switches, duplicate_span="prompt")
+    found = [select(other, aims, encoder, 1, config=one) for one in (switches, asked)]
+    assert [one.counts["exact_duplicates"] for one in found] == [1, 3]
     with pytest.raises(UserError, match="a row of 1 to be left to pick from"):
         select([copied], aims, encoder, 1, evaluation=test_set)
 
@@ -489,7 +494,7 @@ def test_bad_requests_are_refused(encoder_and_rows, tmp_path) -> None:
     with pytest.raises(UserError, match="evaluation set as rows of text, got features"):
         select(rows, aims, encoder, 1, evaluation=codes)
     silent = features(np.zeros((2, 30)))
-    with pytest.raises(UserError, match="active latent in the group 'all', got 2 targets without"):
+    with pytest.raises(UserError, match="active latent, got 2 targets without"):
         select(codes, silent, budget=1)
 
 
@@ -516,10 +521,12 @@ def test_features_of_another_sae_or_model_are_refused(encoder_and_rows, tmp_path
     [
         ({"metric": "dice"}, "metric to be one of .*, got 'dice'"),
         ({"weights": "tf"}, "weights to be one of .*, got 'tf'"),
-        ({"prototypes": "each"}, "prototypes to be one of .*, got 'each'"),
+        ({"prototypes": "all"}, "prototypes to be one of .*, got 'all'"),
+        ({"strategy": "topk"}, "'topk' with prototypes 'one' .* got 'topk' with 'each'"),
+        ({"weights": "idf"}, "weights 'none' with metric 'root', got 'idf'"),
         ({"strategy": "best"}, "strategy to be one of .*, got 'best'"),
         ({"length": "bins"}, "length to be one of .*, got 'bins'"),
-        ({"prototypes": "group", "strategy": "topk"}, "'max' or 'round_robin' .* got 'topk'"),
+        ({"prototypes": "one", "strategy": "max"}, "another with several, got 'max' with 'one'"),
         ({"near_duplicates": 1.5}, "near_duplicates in .*, got 1.5"),
         ({"n_reasons": -1}, "n_reasons of at least 0, got -1"),
     ],
@@ -629,8 +636,32 @@ def test_prototypes_are_means_by_group_whatever_the_shards() -> None:
     assert mixed.names == ("x", "all")
     with pytest.raises(UserError, match="at least one target, got none"):
         make_prototypes([])
-    with pytest.raises(UserError, match="got 'each'"):
-        make_prototypes(parts, "each")
+    each = make_prototypes([*parts, features(np.zeros((1, 30)), groups=["a"], first=9)], "each")
+    assert each.names[:2] == ("b:0", "a:1") and each.n_rows.tolist() == [1] * 7
+    np.testing.assert_array_equal(each.vectors, codes.astype(np.float32))
+    with pytest.raises(UserError, match="got 'all'"):
+        make_prototypes(parts, "all")
+
+
+@pytest.mark.parametrize("metric", ["root", "jaccard"])
+def test_nearest_is_the_mean_of_the_three_best_scores(metric: str) -> None:
+    codes, aims = random_codes(3, 50), random_codes(4, 6)
+    config = SelectConfig(metric=metric)
+    got = select(features(codes), features(aims), budget=5, config=config)
+    if metric == "root":
+        centre = rooted.mean_of([features(codes).acts])
+        scores = rooted.score(
+            features(codes).acts, rooted.rooted(features(aims).acts).toarray(), centre
+        )
+    else:
+        scores = similarity.score(features(codes).acts, aims.astype(np.float32))
+    want = np.sort(scores, axis=1)[:, -3:].mean(axis=1)
+    np.testing.assert_allclose(got.scores["score"].to_numpy(), want, atol=ROUNDING)
+    assert got.picks["row_id"].to_pylist() == np.argsort(-want, kind="stable")[:5].tolist()
+    best = scores.argmax(axis=1)
+    assert got.scores["group"].to_pylist() == [f"all:{one}" for one in best]
+    why = got.why(got.picks["row_id"][0].as_py())
+    assert 2 < len(why) <= 5 and 0 < sum(share for _, share in why) <= 1 + ROUNDING
 
 
 def test_limits_bound_the_number_of_picks() -> None:

@@ -194,11 +194,12 @@ def test_summary_for_people_and_as_json(
     assert found["picked_score"]["min"] >= found["pool_score"]["q90"] - 1e-6
     scores = pq.read_table(encoded / "all.parquet")
     assert found["pool_length"]["mean"] == pytest.approx(scores["n_tokens"].to_numpy().mean())
-    best = found["reasons"][0]
     own = [pick["_sae_apps"]["reasons"] for pick in chosen(tmp_path / "picks.jsonl")]
-    shares = [r["share"] for reasons in own for r in reasons if r["latent"] == best["latent"]]
-    assert best["share"] == pytest.approx(sum(shares) / 8) and best["n_picks"] == len(shares)
-    assert best["tokens"] and f"latent {best['latent']:>6}" in shown
+    for one in found["reasons"]:
+        shares = [r["share"] for reasons in own for r in reasons if r["latent"] == one["latent"]]
+        assert one["share"] == pytest.approx(sum(shares) / 8) and one["n_picks"] == len(shares)
+        assert one["tokens"] and f"latent {one['latent']:>6}" in shown
+    assert min(one["n_picks"] for one in found["reasons"]) < 8  # so that the divisor matters
     meta = json.loads((tmp_path / "picks.meta.json").read_text())
     assert meta["summary"] == found
 

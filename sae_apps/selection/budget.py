@@ -1,8 +1,9 @@
 """How many rows are picked, and in which turn: budgets, strategies, strata of length.
 
 A ranking is the rows from best to worst. ``topk`` and ``max`` go down one ranking (by the score
-against the only prototype, or by the best score over the groups); ``round_robin`` gives the groups
-turns, each taking the best row of its own ranking that is still free (RDS+, arXiv 2503.01807).
+against the only prototype, or by the best score over the groups), and so does ``nearest`` (by the
+mean of the three best scores); ``round_robin`` gives the groups turns, each taking the best row of
+its own ranking that is still free (RDS+, arXiv 2503.01807).
 
 Strata answer the length bias of the published score without touching it: a row of L tokens lies in
 bin floor(log2 L), and a bin gets its share of the budget.
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 
 from sae_core.errors import UserError
 
-STRATEGIES = ("topk", "max", "round_robin")
+STRATEGIES = ("topk", "max", "nearest", "round_robin")
 LENGTHS = ("none", "strata", "target_strata")
 _AMOUNT = re.compile(r"\s*([0-9][0-9_,]*\.?[0-9]*|\.[0-9]+)\s*([kKmM]?)\s*(%|rows?|tokens?)?\s*")
 _MANY = {"": 1, "k": 1000, "m": 1_000_000}

@@ -35,7 +35,7 @@ from sae_core.download import cache_dir
 _SETTINGS: Any = numba_config  # its fields are made at run time
 # Sums may be reordered, so that they fill vector registers; NaN and infinity keep their meaning,
 # since they are how bad values are noticed.
-_REORDER = {"reassoc", "nsz", "contract"}
+REORDER = {"reassoc", "nsz", "contract"}
 
 
 def _cache_folder() -> str | None:
@@ -49,7 +49,7 @@ def _cache_folder() -> str | None:
         return None
 
 
-def _jit(**options: Any) -> Callable[[Callable], Any]:
+def jit(**options: Any) -> Callable[[Callable], Any]:
     """numba's njit with the code kept in the user's cache; ``$NUMBA_CACHE_DIR`` wins if it is set.
 
     numba decides the folder while it decorates, and would choose ``__pycache__`` beside the source.
@@ -67,6 +67,9 @@ def _jit(**options: Any) -> Callable[[Callable], Any]:
             _SETTINGS.CACHE_DIR = before
 
     return decorate
+
+
+_jit, _REORDER = jit, REORDER
 
 
 def _emit_row(width: int, minimum: bool, is_double: bool) -> Callable:
@@ -126,7 +129,7 @@ MINIMUM, PRODUCT = 0, 1  # what is summed
 BAD_INDEX, BAD_ORDER, BAD_VALUE = 1, 2, 4  # bits of what a loop found wrong
 
 
-@_jit(fastmath=_REORDER)
+@jit(fastmath=REORDER)
 def _entry(index, value, weights, n_latents):  # noqa: ANN001, ANN202
     """Latent, weighted value and complaint of one nonzero; without weights their array is empty."""
     wanted = np.uint64(index)  # a negative index becomes a huge one
@@ -145,7 +148,7 @@ def one_vector(measure: int) -> Any:
     their squares for products) and returns the BAD_ bits.
     """
 
-    @_jit(fastmath=_REORDER)
+    @jit(fastmath=REORDER)
     def loop(indptr, indices, data, weights, table, start, stop, sums, norms):  # noqa: ANN001, ANN202
         vector = table[:, 0]
         found = np.int32(0)
@@ -171,14 +174,14 @@ def one_vector(measure: int) -> Any:
     return loop
 
 
-@_jit(fastmath=_REORDER)
+@jit(fastmath=REORDER)
 def _term(measure, a, b):  # noqa: ANN001, ANN202
     if measure == MINIMUM:
         return np.float64(a if a < b else b)
     return np.float64(a) * np.float64(b)
 
 
-@_jit(fastmath=_REORDER)
+@jit(fastmath=REORDER)
 def _read_row(measure, index, value, weights, n_latents, latents, values):  # noqa: ANN001, ANN202
     """Copy one row's checked latents and weighted values; its norm and the complaints."""
     found, norm = np.int32(0), 0.0
@@ -193,7 +196,7 @@ def _read_row(measure, index, value, weights, n_latents, latents, values):  # no
     return norm, found
 
 
-@_jit()
+@jit()
 def _longest(indptr, start, stop):  # noqa: ANN001, ANN202
     longest = 0
     for row in range(start, stop):
@@ -205,7 +208,7 @@ def _longest(indptr, start, stop):  # noqa: ANN001, ANN202
 def several_vectors(measure: int, width: int) -> Any:
     """The loop over rows for ``width`` interleaved vectors; arguments as in ``one_vector``."""
 
-    @_jit()
+    @jit()
     def loop(indptr, indices, data, weights, table, start, stop, sums, norms):  # noqa: ANN001, ANN202
         longest = _longest(indptr, start, stop)
         latents, values = np.empty(longest, np.uint32), np.empty(longest, np.float32)
@@ -229,7 +232,7 @@ JACCARD, COSINE, L2 = 0, 1, 2
 _UNIT, _TINY = 2.0**-23, 2.0**-126  # twice the rounding of float32; its least normal number
 
 
-@_jit()
+@jit()
 def _similarity(metric, total, left, right):  # noqa: ANN001, ANN202
     """The same arithmetic as ``metrics.similarity_of``, for one pair."""
     if metric == L2:
@@ -239,7 +242,7 @@ def _similarity(metric, total, left, right):  # noqa: ANN001, ANN202
     return total / below if below > 0 else 0.0
 
 
-@_jit()
+@jit()
 def _bar(metric, worst, right):  # noqa: ANN001, ANN202
     """(c, e) so that a score above ``worst`` needs a sum above c * x + e.
 
@@ -256,7 +259,7 @@ def _bar(metric, worst, right):  # noqa: ANN001, ANN202
     return near, near * right - 0.5 * worst * worst
 
 
-@_jit()
+@jit()
 def _insert(scores, rows, score, row):  # noqa: ANN001, ANN202
     """Put a pair into a list of falling scores, behind its equals; the last one falls out."""
     place = len(scores) - 1
@@ -279,7 +282,7 @@ def nearest_rows(measure: int, width: int) -> Any:
     ``scores`` [q, k] and ``rows`` [q, k] hold the lists. Returns False where a row is bad.
     """
 
-    @_jit()
+    @jit()
     def loop(  # noqa: ANN202
         metric, indptr, indices, data, weights, start, stop,  # noqa: ANN001
         table, slots, queries, norms, scores, rows,  # noqa: ANN001

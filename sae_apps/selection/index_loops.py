@@ -16,7 +16,10 @@ _S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
 _BUCKET, _BIT, _RANK, _RANK_MASK, _WEIGHT = (
     np.uint64(0xFFFF), np.uint64(16), np.uint64(17), np.uint64(0x7FFFFF), np.uint64(40),
 )  # fmt: skip
-_ONE, _U16, _U5, _U56 = np.uint64(1), np.uint64(16), np.uint64(5), np.uint64(56)
+_ONE, _U16, _U56, _LOW = np.uint64(1), np.uint64(16), np.uint64(56), np.uint64(0xFFFFFFFF)
+_OPEN = np.uint32(0x7F800000)  # the bits of an infinite float32: a bucket without a dart
+_EVEN, _BIT0, _TOP = np.uint32(0xFFFFFFFE), np.uint32(1), np.uint32(31)
+_C1, _C2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)  # murmur3 (Appleby)
 RANKS, GROUPS = 6.0, 8  # from stage to stage: the ranks reach so much further, groups grow so much
 
 
@@ -30,18 +33,19 @@ def _mix(z):  # noqa: ANN001, ANN202
 
 @_jit()
 def stage_darts(  # noqa: ANN201
-    seed, latent, stage, weight, width, low, high, group, counts,  # noqa: ANN001
-    weights, ranks, hashes,  # noqa: ANN001
+    seed, latent, stage, weight, width, low, high, group, n_bits, counts, darts  # noqa: ANN001
 ):  # fmt: skip
     """The darts of one latent below a weight with ranks from low to high; their number.
 
     Layers of weight [0, w), [w, 2w), [2w, 4w), ... are cut into areas along the rank that hold one
-    dart on average; an area's hash gives its number of darts and the place of each. Those that find
-    no room in the arrays are counted only.
+    dart on average; an area's hash gives its number of darts and the place of each. A line of
+    ``darts`` [room, 4] is 16 bytes: weight and rank as float32, the first bucket, and a salt. The
+    last bit of the rank is the dart's code: one minimum then decides both, without a branch. Darts
+    without room are counted only.
     """
     key = _mix(seed ^ (np.uint64(latent) * _STEP) ^ (np.uint64(stage) << _U56))
-    n, room = 0, len(weights)
-    floor, level = 0.0, np.uint64(0)
+    n, numbers = 0, darts.view(np.float32)
+    floor, level, n_groups = 0.0, np.uint64(0), np.uint64(n_bits // group)
     while floor < weight:
         height = group / width
         base, area = low, _mix(key + level * _M1)
@@ -51,11 +55,15 @@ def stage_darts(  # noqa: ANN201
             while z > counts[q]:
                 q += 1
                 h = _mix(z + np.uint64(q) * _STEP)
-                w = floor + width * (np.float64(h >> _WEIGHT) * 2.0**-24)
+                w = np.float32(floor + width * (np.float64(h >> _WEIGHT) * 2.0**-24))
                 rank = base + height * (np.float64((h >> _RANK) & _RANK_MASK) * 2.0**-23)
                 if w < weight and rank < high:
-                    if n < room:
-                        weights[n], ranks[n], hashes[n] = w, rank, h
+                    if n < len(darts):
+                        numbers[n, 0], numbers[n, 1] = w, rank
+                        code = np.uint32((h >> _BIT) & _ONE)
+                        darts[n, 1] = (darts[n, 1] & _EVEN) | code
+                        darts[n, 2] = (((h & _BUCKET) * n_groups) >> _U16) * np.uint64(group)
+                        darts[n, 3] = _mix(h) & _LOW
                     n += 1
             area += _STEP
             base += height
@@ -66,84 +74,42 @@ def stage_darts(  # noqa: ANN201
 
 
 @_jit()
-def dart_table(seed, stage, caps, width, low, high, group, counts):  # noqa: ANN001, ANN201
-    """All darts of a stage below the caps: (starts by latent, weights, ranks, hashes).
+def dart_table(seed, stage, caps, width, low, high, group, n_bits, counts):  # noqa: ANN001, ANN201
+    """All darts of a stage below the caps, and where those of each latent start.
 
-    Those of a latent rise with the weight, so that a row reads the first few.
+    They rise with the weight, so that a row reads the first few.
     """
     starts = np.zeros(len(caps) + 1, np.int64)
-    none = np.empty(0)
-    nothing = np.empty(0, np.uint64)
+    none = np.empty((0, 4), np.uint32)
     for i in range(len(caps)):
         starts[i + 1] = starts[i] + stage_darts(
-            seed, i, stage, caps[i], width, low, high, group, counts, none, none, nothing
+            seed, i, stage, caps[i], width, low, high, group, n_bits, counts, none
         )
-    n = starts[-1]
-    weights, ranks, hashes = np.empty(n), np.empty(n), np.empty(n, np.uint64)
+    darts = np.empty((starts[-1], 4), np.uint32)
     for i in range(len(caps)):
-        a, b = starts[i], starts[i + 1]
-        stage_darts(
-            seed, i, stage, caps[i], width, low, high, group, counts,
-            weights[a:b], ranks[a:b], hashes[a:b],
-        )  # fmt: skip
-        order = np.argsort(weights[a:b])
-        weights[a:b], ranks[a:b] = weights[a:b][order], ranks[a:b][order]
-        hashes[a:b] = hashes[a:b][order]
-    return starts, weights, ranks, hashes
+        own = darts[starts[i] : starts[i + 1]]
+        stage_darts(seed, i, stage, caps[i], width, low, high, group, n_bits, counts, own)
+        order = np.argsort(own.view(np.float32)[:, 0].copy())
+        own[:] = own[order]
+    return starts, darts
 
 
 @_jit()
-def _hit(rank, h, group, n_groups, best, bits):  # noqa: ANN001, ANN202
-    """Let one dart into the buckets of its group; how many had none."""
-    filled = 0
-    place = np.uint64(((h & _BUCKET) * n_groups) >> _U16) * group
-    for k in range(place, place + group):
-        if rank < best[k]:
-            filled += best[k] == np.inf
-            best[k] = rank
-            h_k = h if group == _ONE else _mix(h ^ k)
-            bits[k] = (h_k >> _BIT) & _ONE
-    return filled
-
-
-@_jit()
-def _read_table(index, value, caps, table, group, n_groups, best, bits):  # noqa: ANN001, ANN202
-    """The darts of one row that a table holds; buckets filled."""
-    starts, weights, ranks, hashes = table
-    filled = 0
-    for j in range(len(index)):
-        latent, weight = np.uint32(index[j]), np.float64(value[j])
-        if weight > caps[latent]:
+def _throw(darts, weight, group, best):  # noqa: ANN001, ANN202
+    """Let the first darts, those below the weight, into the buckets of their groups."""
+    numbers = darts.view(np.float32)
+    for d in range(len(darts)):
+        if numbers[d, 0] >= weight:
+            break
+        rank, place = darts[d, 1], darts[d, 2]
+        if group == 1:
+            best[place] = min(best[place], rank)
             continue
-        for d in range(starts[latent], starts[latent + np.uint32(1)]):
-            if weights[d] >= weight:
-                break
-            filled += _hit(ranks[d], hashes[d], group, n_groups, best, bits)
-    return filled
-
-
-@_jit()
-def _make_darts(  # noqa: ANN202
-    seed, index, value, caps, stage, width, low, high, counts, group, n_groups, best, bits  # noqa: ANN001
-):  # fmt: skip
-    """The darts of one row that no table holds; buckets filled."""
-    filled = 0
-    weights, ranks, hashes = np.empty(64), np.empty(64), np.empty(64, np.uint64)
-    for j in range(len(index)):
-        latent, weight = np.uint32(index[j]), np.float64(value[j])
-        if weight <= caps[latent]:
-            continue
-        n = len(weights) + 1
-        while n > len(weights):  # once more with room for all
-            n = stage_darts(
-                seed, latent, stage, weight, width, low, high, group, counts,
-                weights, ranks, hashes,
-            )  # fmt: skip
-            if n > len(weights):
-                weights, ranks, hashes = np.empty(n), np.empty(n), np.empty(n, np.uint64)
-        for d in range(n):
-            filled += _hit(ranks[d], hashes[d], group, n_groups, best, bits)
-    return filled
+        rank, salt = rank & _EVEN, darts[d, 3]
+        for k in range(group):
+            bucket = place + np.uint32(k)
+            code = np.uint32((salt ^ np.uint32(bucket * _C1)) * _C2) >> _TOP
+            best[bucket] = min(best[bucket], rank | code)
 
 
 @_jit()
@@ -157,30 +123,36 @@ def dart_codes(  # noqa: ANN201
     the darts of the first stages below the weights ``caps``; all others are made when needed.
     """
     n_bits = codes.shape[1] * 8
-    best, bits = np.empty(n_bits), np.zeros(n_bits, np.uint8)
-    without = np.zeros(len(caps))
+    best, made = np.empty(n_bits, np.uint32), np.empty((64, 4), np.uint32)
     for row in range(start, stop):
-        first, end = indptr[row], indptr[row + 1]
-        index, value = indices[first:end], data[first:end]
-        if first == end or value.max() <= 0:
+        index = indices[indptr[row] : indptr[row + 1]]
+        value = data[indptr[row] : indptr[row + 1]]
+        if len(value) == 0 or value.max() <= 0:
             continue
-        best[:] = np.inf
-        n_open, stage, low, high, group = n_bits, 0, 0.0, horizon, 1
-        while n_open > 0:
-            size, n_groups, above = np.uint64(group), np.uint64(n_bits // group), without
-            if stage < len(tables):
-                above = caps
-                n_open -= _read_table(index, value, caps, tables[stage], size, n_groups, best, bits)
-            n_open -= _make_darts(
-                seed, index, value, above, stage, width, low, high, counts, size, n_groups,
-                best, bits,
-            )  # fmt: skip
+        best[:] = _OPEN
+        stage, low, high, group = 0, 0.0, horizon, 1
+        while best.max() == _OPEN:
+            for j in range(len(index)):
+                latent, weight = np.uint32(index[j]), value[j]
+                if stage < len(tables) and weight <= caps[latent]:
+                    starts, darts = tables[stage]
+                    own = darts[starts[latent] : starts[latent + np.uint32(1)]]
+                    _throw(own, weight, group, best)
+                    continue
+                n = len(made) + 1
+                while n > len(made):  # once more with room for all
+                    n = stage_darts(
+                        seed, latent, stage, weight, width, low, high, group, n_bits, counts, made
+                    )
+                    if n > len(made):
+                        made = np.empty((n, 4), np.uint32)
+                _throw(made[:n], weight, group, best)
             low, high, group = high, RANKS * high, min(GROUPS * group, n_bits)
             stage += 1
         for k in range(0, n_bits, 8):
-            byte = bits[k]
+            byte = best[k] & _BIT0
             for b in range(1, 8):
-                byte |= bits[k + b] << b
+                byte |= (best[k + b] & _BIT0) << np.uint32(b)
             codes[row - start, k >> 3] = byte
 
 

@@ -1,9 +1,10 @@
-"""Prototypes of targets: the mean code of all targets, or one mean for each group of them.
+"""Prototypes of targets: the mean code of all targets, one mean a group, or each target itself.
 
     z*_g = (1 / |D_g|) sum_{i in D_g} z_i
 
 MONA (arXiv 2503.15573, equation 8) has one group. One prototype for each keeps apart what a single
-mean blurs: the sub-tasks of a benchmark, or several benchmarks at once.
+mean blurs: the sub-tasks of a benchmark, or several benchmarks at once. Each target as a prototype
+of its own keeps everything, at a cost that grows with their number.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from sae_core.errors import UserError
 from sae_core.features import SparseFeatures
 
-GROUPINGS = ("one", "group")
+GROUPINGS = ("one", "group", "each")
 ALL = "all"
 """Name of the only prototype, and of the group of targets that have none."""
 
@@ -38,7 +39,8 @@ def make_prototypes(shards: Iterable[SparseFeatures], grouping: str = "one") -> 
     Args:
         shards: features of targets; with "group" a column ``group`` names the groups, and targets
             without one are together in a group "all".
-        grouping: "one" for a single prototype, "group" for one a group.
+        grouping: "one" for a single prototype, "group" for one a group, "each" for one a target,
+            which is named after its group and row_id; targets with an empty code are left out.
     Raises:
         UserError: no targets, another grouping, or a group in which no latent is active at all.
     """
@@ -55,6 +57,12 @@ def make_prototypes(shards: Iterable[SparseFeatures], grouping: str = "one") -> 
             np.add.at(total, part.indices, part.data.astype(np.float64))
     if not sums:
         raise UserError("Expected at least one target, got none.")
+    if grouping == "each":
+        sums = {name: total for name, total in sums.items() if total.any()}
+        if not sums:
+            raise UserError(
+                f"Expected a target with an active latent, got {len(counts)} targets without any."
+            )
     for name, total in sums.items():
         if not total.any():
             raise UserError(
@@ -62,10 +70,13 @@ def make_prototypes(shards: Iterable[SparseFeatures], grouping: str = "one") -> 
                 f"{counts[name]} targets without any."
             )
     vectors = [(total / counts[name]).astype(np.float32) for name, total in sums.items()]
-    return Prototypes(tuple(sums), np.stack(vectors), np.array(list(counts.values())))
+    return Prototypes(tuple(sums), np.stack(vectors), np.array([counts[name] for name in sums]))
 
 
 def _names(shard: SparseFeatures, grouping: str) -> list[str]:
-    if grouping == "one" or "group" not in shard.rows.column_names:
-        return [ALL] * shard.n_rows
-    return [ALL if name is None else str(name) for name in shard.rows["group"].to_pylist()]
+    names = [ALL] * shard.n_rows
+    if grouping != "one" and "group" in shard.rows.column_names:
+        names = [ALL if name is None else str(name) for name in shard.rows["group"].to_pylist()]
+    if grouping != "each":
+        return names
+    return [f"{name}:{row_id}" for name, row_id in zip(names, shard.row_ids, strict=True)]

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
+from scipy import sparse
 
-from sae_apps.selection import similarity
+from sae_apps.selection import rooted, similarity
 from sae_apps.selection.budget import Room, TopLists, in_turns, length_bins, quotas
 from sae_apps.selection.pool import PoolFeatures
 from sae_apps.selection.prototypes import Prototypes
-from sae_core.features import SparseFeatures
 
+NEAREST = 3
+"""Prototypes whose scores the strategy ``nearest`` averages."""
 _FIRST_LIST = 1024  # rows of a group's ranking that are kept at first; more where they run out
 
 
@@ -26,13 +28,56 @@ class Measure:
 
     prototypes: Prototypes
     metric: str
-    weights: Float[np.ndarray, " d_sae"] | None
+    weights: Float[np.ndarray, " d_sae"] | None = None
+    """Of the latents, for the metrics of ``similarity``."""
+    centre: Float[np.ndarray, " d_sae"] | None = None
+    """Mean of the pool's roots, for the metric root (see ``rooted``)."""
+    n_nearest: int = 1
+    """A row's score is the mean over so many prototypes, those that are most similar to it."""
 
-    def score(self, shard: SparseFeatures) -> Float[np.ndarray, "n p"]:
-        """Scores of a shard's rows against every prototype."""
-        return similarity.score(
-            shard.acts, self.prototypes.vectors, self.metric, weights=self.weights
-        )
+    def score(self, acts: sparse.csr_array) -> Float[np.ndarray, "n p"]:
+        """Scores of rows against every prototype."""
+        vectors = self.prototypes.vectors
+        if self.centre is not None:
+            return rooted.score(acts, vectors, self.centre)
+        return similarity.score(acts, vectors, self.metric, weights=self.weights)
+
+    def of_rows(self, scores: Float[np.ndarray, "n p"]) -> Float[np.ndarray, " n"]:
+        """One score a row: the largest, or the mean of the ``n_nearest`` largest."""
+        n = min(self.n_nearest, scores.shape[1])
+        if n == 1:
+            return scores.max(axis=1)
+        largest = np.partition(scores, scores.shape[1] - n, axis=1)[:, -n:]
+        return largest.mean(axis=1, dtype=np.float64).astype(np.float32)
+
+    def explain(
+        self, acts: sparse.csr_array, group: Int[np.ndarray, " n"], top: int
+    ) -> list[similarity.Share]:
+        """The latents behind the score of each row, which was picked for its ``group``.
+
+        Roots: behind the mean over the nearest prototypes, exactly; else behind the score against
+        the group's prototype.
+        """
+        if self.centre is not None:
+            aims = rooted.directions(self.prototypes.vectors, self.centre)
+            n = min(self.n_nearest, len(aims))
+            best = group[:, None]
+            if n > 1:
+                best = np.argsort(-self.score(acts), axis=1, kind="stable")[:, :n]
+            return [
+                rooted.explain(acts[[i]], aims[places].mean(axis=0)[None], self.centre, top=top)[0]
+                for i, places in enumerate(best)
+            ]
+        found: list[similarity.Share] = [similarity.NOTHING] * len(group)
+        for one in np.unique(group):
+            mine = np.flatnonzero(group == one)
+            vector = self.prototypes.vectors[one]
+            shares = similarity.explain(
+                acts[mine], vector, self.metric, weights=self.weights, top=top
+            )
+            for place, share in zip(mine, shares, strict=True):
+                found[place] = share
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +85,7 @@ class Scored:
     """Scores of all rows of a pool, in its order."""
 
     score: Float[np.ndarray, " n"]
-    """The best over the groups, float32."""
+    """The best over the groups, or the mean of the nearest, float32."""
     group: Int[np.ndarray, " n"]
     """Whose it is; the first of equals."""
     is_empty: Bool[np.ndarray, " n"]
@@ -87,6 +132,11 @@ class Picks:
     """Against that prototype."""
 
 
+def root_centre(pool: PoolFeatures) -> Float[np.ndarray, " d_sae"]:
+    """Mean of the roots of the pool's rows, in one pass."""
+    return rooted.mean_of(shard.acts for shard in pool)
+
+
 def idf_weights(pool: PoolFeatures) -> Float[np.ndarray, " d_sae"]:
     """log((N + 1) / (df + 1)) over the rows of the pool, in one pass."""
     df: Int[np.ndarray, " d_sae"] | None = None
@@ -115,9 +165,9 @@ def score_pool(
     best, group, empty = [], [], []
     start = 0
     for shard in pool:
-        scores = measure.score(shard)
+        scores = measure.score(shard.acts)
         nothing = np.diff(shard.acts.indptr) == 0
-        best.append(scores.max(axis=1))
+        best.append(measure.of_rows(scores))
         group.append(scores.argmax(axis=1))
         empty.append(nothing)
         if tops is not None and may is not None:
@@ -131,7 +181,7 @@ def score_pool(
 def pick(
     pool: PoolFeatures, measure: Measure, limits: Limits, strategy: str
 ) -> tuple[Scored, Picks]:
-    """Score a pool and pick by ``topk``, ``max`` (one ranking) or ``round_robin`` (one a group)."""
+    """Score a pool and pick by one ranking, or with ``round_robin`` by one a group."""
     if strategy != "round_robin" or len(measure.prototypes.names) == 1:
         scored = score_pool(pool, measure)
         allowed = np.flatnonzero(limits.may)
@@ -195,17 +245,9 @@ def reasons_of(
     if measure.metric != "l2" and top > 0:
         for number, inside, at in _by_shard(pool, picks.row):
             shard = pool.load(number)
-            for group in np.unique(picks.group[at]):
-                mine = picks.group[at] == group
-                explained = similarity.explain(
-                    shard.acts[inside[mine]],
-                    measure.prototypes.vectors[group],
-                    measure.metric,
-                    weights=measure.weights,
-                    top=top,
-                )
-                for place, (latents, shares) in zip(at[mine], explained, strict=True):
-                    found[int(place)] = (latents.tolist(), shares.tolist())
+            explained = measure.explain(shard.acts[inside], picks.group[at], top)
+            for place, (latents, shares) in zip(at, explained, strict=True):
+                found[int(place)] = (latents.tolist(), shares.tolist())
     whys = [found.get(place, ([], [])) for place in range(len(picks.row))]
     return pa.table(
         {

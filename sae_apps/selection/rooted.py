@@ -16,7 +16,7 @@ Only nonzeros are touched: (r - m).(p - m) = r.p - r.m - m.p + |m|^2 and |r - m|
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Float64
 from scipy import sparse
 
 from sae_apps.selection import similarity
@@ -88,36 +88,44 @@ def score(
     return found.astype(np.float32)
 
 
+def directions(
+    prototypes: Float[np.ndarray, "p d_sae"], centre: Float[np.ndarray, "d_sae"]
+) -> Float64[np.ndarray, "p d_sae"]:
+    """(p - m) / |p - m|: a score is the product of a row's own direction with one of these."""
+    aims = prototypes.astype(np.float64) - centre
+    norms = np.linalg.norm(aims, axis=1, keepdims=True)
+    return np.divide(aims, norms, out=np.zeros_like(aims), where=norms > 0)
+
+
 def explain(
     acts: sparse.csr_array,
-    prototype: Float[np.ndarray, "d_sae"],
+    aims: Float[np.ndarray, "n d_sae"],
     centre: Float[np.ndarray, "d_sae"],
     *,
     top: int = 5,
 ) -> list[Share]:
-    """The active latents that make each row similar: parts (r_k - m_k)(p_k - m_k) of the numerator.
+    """The active latents that make each row similar: the parts (r_k - m_k) a_k of (r - m).a.
 
-    Over all latents the parts sum to the numerator exactly; a latent that the row lacks has a part
-    as well (it may be usual in the pool and rare among the targets), so the shares of the active
-    ones need not sum to 1. Shares are of the sum of the positive parts, active or not.
+    With a the direction of a prototype, or the mean of several, the parts sum to the score (or the
+    mean of the scores) times |r - m|. A latent that the row lacks has a part as well: it may be
+    usual in the pool and rare among the targets. Shares are of the sum of all positive parts, so
+    those of the active latents need not sum to 1.
 
     Args:
         acts: the rows to explain.
-        prototype: what they were compared with, not centred.
+        aims: for each row what it was compared with, of ``directions``.
         centre: m.
         top: at most so many latents a row.
     """
-    r, aim = rooted(acts), prototype.astype(np.float64) - centre
-    absent = -centre.astype(np.float64) * aim  # the part of a latent that a row lacks
+    r = rooted(acts)
     found = []
-    for i in range(shape_of(r)[0]):
+    for i, aim in enumerate(aims.astype(np.float64)):
         span = slice(r.indptr[i], r.indptr[i + 1])
         latents = r.indices[span].astype(np.int64)
-        parts = absent.copy()
-        parts[latents] = (r.data[span] - centre[latents]) * aim[latents]
+        parts = -centre.astype(np.float64) * aim
+        parts[latents] += r.data[span] * aim[latents]
         whole = np.maximum(parts, 0).sum()
         order = np.argsort(-parts[latents], kind="stable")[:top]
-        order = order[parts[latents[order]] > 0]
-        chosen = latents[order]
+        chosen = latents[order[parts[latents[order]] > 0]]
         found.append(Share(chosen, parts[chosen] / max(whole, np.finfo(float).tiny)))
     return found

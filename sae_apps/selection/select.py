@@ -8,7 +8,7 @@ MONA (arXiv 2503.15573) takes the generalised Jaccard similarity, one prototype 
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int
 from sae_apps.selection import similarity
 from sae_apps.selection.budget import LENGTHS, STRATEGIES, Budget, parse_budget
 from sae_apps.selection.contamination import contamination
-from sae_apps.selection.duplicates import exact_duplicates, near_duplicates, without
+from sae_apps.selection.duplicates import SPANS, exact_duplicates, near_duplicates, without
 from sae_apps.selection.embed import EmbedConfig, Encoder
 from sae_apps.selection.inputs import (
     as_encoder,
@@ -31,11 +31,22 @@ from sae_apps.selection.inputs import (
 from sae_apps.selection.instructions import InstructionSource
 from sae_apps.selection.pool import PoolFeatures
 from sae_apps.selection.prototypes import GROUPINGS, make_prototypes
-from sae_apps.selection.ranking import Limits, Measure, Picks, idf_weights, pick, reasons_of
+from sae_apps.selection.ranking import (
+    NEAREST,
+    Limits,
+    Measure,
+    Picks,
+    idf_weights,
+    pick,
+    reasons_of,
+    root_centre,
+)
 from sae_apps.selection.result import SelectionResult
+from sae_apps.selection.rooted import rooted
 from sae_core.errors import UserError
 from sae_core.provenance import package_versions
 
+MEASURES = (*similarity.METRICS, "root")
 WEIGHTS = ("none", "idf")
 PRESETS = ("recommended", "mona")
 
@@ -44,20 +55,24 @@ PRESETS = ("recommended", "mona")
 class SelectConfig:
     """How rows are scored and picked."""
 
-    metric: str = "cosine"
-    """jaccard (generalised; published), cosine, or l2 (minus the Euclidean distance)."""
+    metric: str = "root"
+    """root (centred cosine of fourth roots), jaccard (generalised; published), cosine, or l2 (minus
+    the Euclidean distance)."""
     weights: str = "none"
     """idf: both sides are multiplied by log((N + 1) / (df + 1)) over the N rows of the pool."""
-    prototypes: str = "one"
-    """one: the mean of all targets; group: one mean for each group of targets."""
-    strategy: str = "topk"
-    """topk with one prototype; max (best score over the groups) or round_robin with several."""
+    prototypes: str = "each"
+    """one: the mean of all targets; group: one mean a group of targets; each: every target."""
+    strategy: str = "nearest"
+    """topk with one prototype; with several nearest (mean of the three best scores), max (the
+    best score) or round_robin (in turn for each)."""
     length: str = "none"
     """strata: bins of log2 length get their share of the pool; target_strata: of the targets."""
     exact_duplicates: bool = False
     """Leave out rows whose text occurred before."""
     near_duplicates: float | None = None
     """Leave out rows whose text is this similar to an earlier one, in (0, 1]; None: none."""
+    duplicate_span: str = "all"
+    """Text that decides about duplicates: all; prompt finds the same question, other answers."""
     embed: EmbedConfig | None = None
     """How rows become codes; None: as the encoder or the pool has it."""
     n_reasons: int = 5
@@ -67,20 +82,24 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("metric", similarity.METRICS),
+            ("metric", MEASURES),
             ("weights", WEIGHTS),
             ("prototypes", GROUPINGS),
             ("strategy", STRATEGIES),
             ("length", LENGTHS),
+            ("duplicate_span", SPANS),
         ):
             if getattr(self, name) not in known:
                 raise UserError(
                     f"Expected {name} to be one of {known}, got {getattr(self, name)!r}."
                 )
-        if self.prototypes == "group" and self.strategy == "topk":
+        if (self.prototypes == "one") != (self.strategy == "topk"):
             raise UserError(
-                "Expected the strategy 'max' or 'round_robin' with prototypes 'group', got 'topk'."
+                "Expected the strategy 'topk' with prototypes 'one' and another with several, got "
+                f"{self.strategy!r} with {self.prototypes!r}."
             )
+        if self.metric == "root" and self.weights != "none":
+            raise UserError(f"Expected weights 'none' with metric 'root', got {self.weights!r}.")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise UserError(f"Expected near_duplicates in (0, 1], got {self.near_duplicates}.")
         if self.n_reasons < 0:
@@ -179,8 +198,7 @@ def _selected(
         "target_strata": lambda: targets.rows()["n_tokens"].to_numpy(),
     }[config.length]()
     limits = Limits(may, tokens, amount, budget.unit == "tokens", strata)
-    weights = idf_weights(pool) if config.weights == "idf" else None
-    measure = Measure(make_prototypes(targets, config.prototypes), config.metric, weights)
+    measure = make_measure(pool, targets, config)
     scored, picks = pick(pool, measure, limits, config.strategy)
     if config.metric != "l2" and not scored.score[may].any():
         raise UserError(
@@ -220,6 +238,19 @@ def _selected(
     )
 
 
+def make_measure(pool: PoolFeatures, targets: PoolFeatures, config: SelectConfig) -> Measure:
+    """Prototypes of the targets, and what the measure takes from the pool."""
+    is_root = config.metric == "root"
+    shards = (replace(one, acts=rooted(one.acts)) for one in targets) if is_root else targets
+    return Measure(
+        make_prototypes(shards, config.prototypes),
+        config.metric,
+        idf_weights(pool) if config.weights == "idf" else None,
+        root_centre(pool) if is_root else None,
+        NEAREST if config.strategy == "nearest" else 1,
+    )
+
+
 def allowed_rows(
     row_ids: Int[np.ndarray, " n"],
     config: SelectConfig,
@@ -239,10 +270,15 @@ def allowed_rows(
         may[dropped] = False
 
     if source is not None and config.exact_duplicates:
-        drop("exact_duplicates", exact_duplicates(source).row_id)
+        drop("exact_duplicates", exact_duplicates(source, span=config.duplicate_span).row_id)
     if source is not None and config.near_duplicates is not None:
         left = without(source, row_ids[~may])
-        found = near_duplicates(left, threshold=config.near_duplicates, seed=config.seed)
+        found = near_duplicates(
+            left,
+            threshold=config.near_duplicates,
+            span=config.duplicate_span,
+            seed=config.seed,
+        )
         drop("near_duplicates", found.row_id)
     if source is not None and evaluation is not None:
         drop("contaminated", contamination(without(source, row_ids[~may]), evaluation).picks)

@@ -44,6 +44,9 @@ class Share(NamedTuple):
     """Part of the numerator of the score that each brings; over all latents they sum to 1."""
 
 
+NOTHING = Share(np.empty(0, dtype=np.int64), np.empty(0))
+
+
 def score(
     acts: sparse.csr_array,
     prototypes: Float[np.ndarray, "p d_sae"],

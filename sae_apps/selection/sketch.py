@@ -35,7 +35,7 @@ _LAYER = 2.0  # darts of the lowest layer of weight, one latent, in the first st
 _TASK_ROWS = 256
 _MOST_NORMS = 1000.0
 _TABLES = 3  # stages; hardly a row needs another
-_TABLE_DARTS = 1 << 25  # of the first stage, 24 bytes each
+_TABLE_DARTS = 1 << 25  # of the first stage, 16 bytes each
 _POISSON = np.array(  # distribution function of a Poisson number of mean 1, as fractions of 2^64
     [
         min(int(sum(math.exp(-1) / math.factorial(n) for n in range(top + 1)) * 2.0**64), 2**64 - 1)
@@ -123,14 +123,15 @@ class WeightedMinHash:
         from sae_apps.selection.index_loops import GROUPS, RANKS, dart_table
 
         if not self._cache:
-            caps = np.zeros(self.d_sae)
+            caps = np.zeros(self.d_sae, dtype=np.float32)
             np.maximum.at(caps, acts.indices, acts.data)
-            caps *= min(1.0, _TABLE_DARTS / max(1.0, caps.sum() * self._horizon))
+            room = _TABLE_DARTS / max(1.0, float(caps.sum()) * self._horizon)
+            caps *= np.float32(min(1.0, room))
             bounds = (0.0, *(self._horizon * RANKS**stage for stage in range(_TABLES)))
             tables = tuple(
                 dart_table(
                     self._key, stage, caps, self._width, bounds[stage], bounds[stage + 1],
-                    GROUPS**stage, _POISSON,
+                    GROUPS**stage, self.n_bits, _POISSON,
                 )
                 for stage in range(_TABLES)
             )  # fmt: skip
