@@ -3,7 +3,8 @@
 The pool mixes the instruction sets of ../shared/data: templates of T0 (34 source datasets), six
 chain-of-thought tasks of Flan (its seventh, gsm8k_train, repeats the questions of gsm8k), three
 sets of GPTeacher, GSM8K train, one half of MBPP, and one half of each BIG-Bench-Hard task. BBH is
-there for retrieval alone: nothing is ever trained on it (``is_trainable``). Equal texts are removed.
+there for retrieval alone: nothing is ever trained on it (``is_trainable``). Equal texts are
+removed.
 
 A target is a set of rows that are not in the pool, and the pool rows that count as hits:
 
@@ -11,6 +12,10 @@ A target is a set of rows that are not in the pool, and the pool rows that count
     mbpp        the other half of MBPP          its half in the pool
     bbh:TASK    the other half of a BBH task    its half in the pool
     t0:DATASET  one T0 template, held out       the other templates of the same source dataset
+
+``fresh`` makes other targets of the same rows, for methods that were chosen on those above: every
+source dataset of T0, task of Flan and set of GPTeacher that is no target there; one half of its
+rows leaves the pool for the examples, the other half are the hits.
 
 Every method reads the same text, ``prompt newline response``, cut after 128 tokens of SmolLM2. One
 pass of the model makes all representations of a row, each over its tokens without special ones and
@@ -32,7 +37,7 @@ import gzip
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -273,6 +278,24 @@ def make_targets(rows: list[Row]) -> dict[str, Target]:
         )
         for name in names
     }
+
+
+FRESH_ROWS = 40  # a label needs so many, half of them for examples
+
+
+def fresh(data: Data) -> Data:
+    """The same rows with targets that ``load`` does not have; see above."""
+    labels = np.array([row.label for row in data.rows])
+    rng = np.random.default_rng(8)
+    targets = {}
+    for name in sorted(set(labels[data.pool]) - set(data.targets)):
+        places = rng.permutation(data.pool[labels[data.pool] == name])
+        if len(places) >= FRESH_ROWS:
+            half = len(places) // 2
+            targets[str(name)] = Target(np.sort(places[:half]), np.sort(places[half:]))
+    examples = np.concatenate([target.members for target in targets.values()])
+    pool = np.setdiff1d(data.pool, examples)
+    return replace(data, pool=pool, targets=targets)
 
 
 # ---- embeddings ----

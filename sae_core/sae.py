@@ -74,7 +74,8 @@ class SAEConfig:
         most = self.d_sae if self.kind in ("topk", "batch_topk") else self.k
         if not 1 <= self.k <= most:
             raise UserError(
-                f"k must lie between 1 and d_sae={self.d_sae}, or be 0 for the default, got {self.k}."
+                f"k must lie between 1 and d_sae={self.d_sae}, or be 0 for the default, "
+                f"got {self.k}."
             )
         if self.tied and self.kind != "gba":
             raise UserError(f"tied=True is defined for kind='gba', got kind={self.kind!r}.")

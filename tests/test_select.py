@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from test_embed import HOOK_POINT, perfect_sae, with_template
 
-from sae_apps.selection import ranking, rooted, similarity
+from sae_apps.selection import presence, ranking, similarity
 from sae_apps.selection.budget import (
     Budget,
     Room,
@@ -155,7 +155,7 @@ def test_ties_go_by_index() -> None:
     assert later == sorted(later)
 
 
-@pytest.mark.parametrize("metric", ["jaccard", "cosine", "l2", "root"])
+@pytest.mark.parametrize("metric", ["jaccard", "cosine", "l2", "presence"])
 def test_empty_codes_come_last_and_are_counted(metric: str) -> None:
     codes = random_codes(3, 12)
     codes[[0, 5]] = 0
@@ -523,7 +523,7 @@ def test_features_of_another_sae_or_model_are_refused(encoder_and_rows, tmp_path
         ({"weights": "tf"}, "weights to be one of .*, got 'tf'"),
         ({"prototypes": "all"}, "prototypes to be one of .*, got 'all'"),
         ({"strategy": "topk"}, "'topk' with prototypes 'one' .* got 'topk' with 'each'"),
-        ({"weights": "idf"}, "weights 'none' with metric 'root', got 'idf'"),
+        ({"weights": "idf"}, "weights 'none' with metric 'presence', got 'idf'"),
         ({"strategy": "best"}, "strategy to be one of .*, got 'best'"),
         ({"length": "bins"}, "length to be one of .*, got 'bins'"),
         ({"prototypes": "one", "strategy": "max"}, "another with several, got 'max' with 'one'"),
@@ -643,16 +643,14 @@ def test_prototypes_are_means_by_group_whatever_the_shards() -> None:
         make_prototypes(parts, "all")
 
 
-@pytest.mark.parametrize("metric", ["root", "jaccard"])
+@pytest.mark.parametrize("metric", ["presence", "jaccard"])
 def test_nearest_is_the_mean_of_the_three_best_scores(metric: str) -> None:
     codes, aims = random_codes(3, 50), random_codes(4, 6)
     config = SelectConfig(metric=metric)
     got = select(features(codes), features(aims), budget=5, config=config)
-    if metric == "root":
-        centre = rooted.mean_of([features(codes).acts])
-        scores = rooted.score(
-            features(codes).acts, rooted.rooted(features(aims).acts).toarray(), centre
-        )
+    if metric == "presence":
+        acts, background = features(codes).acts, presence.background_of([features(codes).acts])
+        scores = presence.score(acts, presence.presence(features(aims).acts).toarray(), background)
     else:
         scores = similarity.score(features(codes).acts, aims.astype(np.float32))
     want = np.sort(scores, axis=1)[:, -3:].mean(axis=1)

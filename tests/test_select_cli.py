@@ -24,8 +24,9 @@ from sae_apps.tasks.progress import Progress
 
 COMMAND = Path(sys.executable).with_name("sae-apps")
 N_EACH = 40  # rows of each of the two kinds in the pool
-# 64 tokens and idf: quick, and enough for this model to tell problems from programs
-COMMON = ("--max-len", "64", "--weights", "idf", "--shard-rows", "16", "--quiet")
+# quick, and enough for this model to tell problems from programs
+HOW = ("--max-len", "64", "--metric", "cosine", "--weights", "idf")
+COMMON = (*HOW, "--shard-rows", "16", "--quiet")
 
 
 def write(path: Path, records: list[dict]) -> str:
@@ -145,7 +146,7 @@ def test_the_command_is_the_function(data: dict[str, str], encoded: Path) -> Non
         data["math"],
         data["run"],
         "10%",
-        config=SelectConfig(weights="idf", embed=embed_of(encoded)),
+        config=SelectConfig(metric="cosine", weights="idf", embed=embed_of(encoded)),
     )
     own = [pick["_sae_apps"] for pick in chosen(encoded / "picks.jsonl")]
     assert result.picks["row_id"].to_pylist() == [one["row_id"] for one in own]
@@ -243,20 +244,21 @@ def test_several_targets_are_groups_that_take_turns(
 def test_mona_is_the_published_method_and_says_what_differs(
     data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [*arguments(data, "both", tmp_path / "a.jsonl", "--target.group", "kind"), "--method"]
-    found = run_json(capsys, *argv, "mona", "--max-len", "2048", "--weights", "none")
+    argv = [*arguments(data, "both", tmp_path / "a.jsonl"), "--target.group", "kind"]
+    start = argv.index(HOW[0])
+    del argv[start : start + len(HOW)]
+    found = run_json(capsys, *argv, "--method", "mona")
     assert found["method"] == "mona" and list(found["groups"]) == ["all"]
-    identity = json.loads((tmp_path / "a.meta.json").read_text())["identity"]
-    assert identity["select"]["metric"] == "jaccard" and identity["encoding"]["embed.special"]
+    first = json.loads((tmp_path / "a.meta.json").read_text())["identity"]
+    assert first["select"]["metric"] == "jaccard" and first["encoding"]["embed.special"]
     file = tmp_path / "c.yaml"
-    file.write_text("method: mona\nselect:\n  weights: idf\nembed:\n  max_len: 2048\n")
-    argv = arguments(data, "math", tmp_path / "b.jsonl", "--config", str(file))
-    for flag in ("--max-len", "--weights"):  # the file gives them
-        del argv[argv.index(flag) : argv.index(flag) + 2]
-    found = run_json(capsys, *argv)
+    file.write_text("method: mona\nselect:\n  weights: idf\n")
+    argv[argv.index("--out") + 1] = str(tmp_path / "b.jsonl")
+    found = run_json(capsys, *argv, "--config", str(file))
     assert found["method"] == "mona with weights=idf"
-    identity = json.loads((tmp_path / "b.meta.json").read_text())["identity"]
-    assert identity["select"]["metric"] == "jaccard" and identity["encoding"]["embed.special"]
+    second = json.loads((tmp_path / "b.meta.json").read_text())["identity"]
+    assert second["encoding"] == first["encoding"]
+    assert second["select"] == first["select"] | {"weights": "idf"}
 
 
 def test_rows_of_the_evaluation_set_are_not_picked(

@@ -15,8 +15,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -133,9 +133,11 @@ def write_pool_ray(
         try:
             with _cluster(ray, address):
                 n_workers = _room(ray, num_workers, threads, n_shards, spec.is_cuda)
-                for n_rows in _results(ray, job, n_shards, n_workers):
-                    if progress is not None:
-                        progress(n_rows)
+                # closed at once where a signal comes, so that the workers end with this call
+                with closing(_results(ray, job, n_shards, n_workers)) as results:
+                    for n_rows in results:
+                        if progress is not None:
+                            progress(n_rows)
         finally:
             shutil.rmtree(tries, ignore_errors=True)
     # finds every shard there, checks the row ids over all of them and calls the pool finished
@@ -193,7 +195,7 @@ class _ShardWriter:
         return rows
 
 
-def _results(ray: Any, job: _Job, n_shards: int, n_workers: int) -> Iterator[int]:
+def _results(ray: Any, job: _Job, n_shards: int, n_workers: int) -> Generator[int, None, None]:
     """Rows of the shards, as they are finished."""
     numbers = ray.data.from_items(list(range(n_shards)), override_num_blocks=n_shards)
     done = numbers.map_batches(
@@ -206,10 +208,11 @@ def _results(ray: Any, job: _Job, n_shards: int, n_workers: int) -> Iterator[int
         num_gpus=1 if job.spec.is_cuda else None,
     )
     try:
-        for record in done.iter_rows():
-            if record["error"]:
-                raise UserError(record["error"])
-            yield int(record["n_rows"])
+        for batch in done.iter_batches(batch_size=None, prefetch_batches=0):
+            for n_rows, error in zip(batch["n_rows"], batch["error"], strict=True):
+                if error:
+                    raise UserError(str(error))
+                yield int(n_rows)
     except ray.exceptions.RayError as error:
         raise UserError(f"The Ray cluster failed with {_said(error)} {_KEPT}") from error
 

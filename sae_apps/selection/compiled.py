@@ -125,18 +125,41 @@ def _type_row(typing_context, width, measure, sums, table, index, value):  # noq
 _add_row: Any = intrinsic(prefer_literal=True)(_type_row)
 
 
+def _type_clamped(typing_context, index, last):  # noqa: ANN001, ANN202
+    """min(index, last) as 32 bits, where a negative index counts as a huge one."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        smaller = builder.select(builder.icmp_unsigned("<", *args), *args)
+        is_wide = signature.args[0].bitwidth > 32
+        return builder.trunc(smaller, ir.IntType(32)) if is_wide else smaller
+
+    return types.int32(index, index), emit
+
+
+def _type_pick(typing_context, array, place):  # noqa: ANN001, ANN202
+    """array[place] without a look for negative places, so that it becomes a 32-bit gather."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load(builder.gep(data, [builder.sext(args[1], ir.IntType(64))]))
+
+    return array.dtype(array, types.int32), emit
+
+
+_clamped: Any = intrinsic(_type_clamped)
+_pick: Any = intrinsic(_type_pick)
+
 MINIMUM, PRODUCT = 0, 1  # what is summed
 BAD_INDEX, BAD_ORDER, BAD_VALUE = 1, 2, 4  # bits of what a loop found wrong
 
 
 @jit(fastmath=REORDER)
 def _entry(index, value, weights, n_latents):  # noqa: ANN001, ANN202
-    """Latent, weighted value and complaint of one nonzero; without weights their array is empty."""
-    wanted = np.uint64(index)  # a negative index becomes a huge one
-    latent = min(wanted, np.uint64(n_latents - 1))
-    found = BAD_INDEX * np.int32(wanted != latent) | BAD_VALUE * np.int32(value < 0)
+    """Latent, weighted value and complaint of one nonzero."""
+    latent = _clamped(index, n_latents - 1)
+    found = BAD_INDEX * np.int32(index != latent) | BAD_VALUE * np.int32(value < 0)
     if weights is not None:
-        value *= weights[latent]
+        value *= _pick(weights, latent)
     return latent, value, found
 
 
@@ -150,7 +173,7 @@ def one_vector(measure: int) -> Any:
 
     @jit(fastmath=REORDER)
     def loop(indptr, indices, data, weights, table, start, stop, sums, norms):  # noqa: ANN001, ANN202
-        vector = table[:, 0]
+        vector = table.ravel()
         found = np.int32(0)
         for row in range(start, stop):
             first, end = indptr[row], indptr[row + 1]
@@ -160,12 +183,12 @@ def one_vector(measure: int) -> Any:
             for j in range(len(later)):
                 latent, a, bad = _entry(index[j], value[j], weights, len(vector))
                 found |= bad | BAD_ORDER * np.int32(later[j] <= index[j])
-                total += _term(measure, a, vector[latent])
+                total += _term(measure, a, _pick(vector, latent))
                 norm += _term(measure, a, a)
             for j in range(len(later), len(index)):  # the last nonzero has none after it
                 latent, a, bad = _entry(index[j], value[j], weights, len(vector))
                 found |= bad
-                total += _term(measure, a, vector[latent])
+                total += _term(measure, a, _pick(vector, latent))
                 norm += _term(measure, a, a)
             sums[row - start, 0] = total
             norms[row - start] = norm

@@ -95,10 +95,9 @@ def dart_table(seed, stage, caps, width, low, high, group, n_bits, counts):  # n
 
 
 @_jit()
-def _throw(darts, weight, group, best):  # noqa: ANN001, ANN202
-    """Let the first darts, those below the weight, into the buckets of their groups."""
-    numbers = darts.view(np.float32)
-    for d in range(len(darts)):
+def _throw(darts, numbers, first, end, weight, group, best):  # noqa: ANN001, ANN202
+    """Let the darts first..end, as far as they lie below the weight, into their buckets."""
+    for d in range(first, end):
         if numbers[d, 0] >= weight:
             break
         rank, place = darts[d, 1], darts[d, 2]
@@ -106,10 +105,20 @@ def _throw(darts, weight, group, best):  # noqa: ANN001, ANN202
             best[place] = min(best[place], rank)
             continue
         rank, salt = rank & _EVEN, darts[d, 3]
-        for k in range(group):
-            bucket = place + np.uint32(k)
+        for bucket in range(place, place + np.uint32(group)):
             code = np.uint32((salt ^ np.uint32(bucket * _C1)) * _C2) >> _TOP
-            best[bucket] = min(best[bucket], rank | code)
+            best[bucket] = min(best[bucket], rank | np.uint32(code))
+
+
+@_jit()
+def _throw_row(index, value, caps, starts, darts, group, best):  # noqa: ANN001, ANN202
+    """The darts of one row that a table holds."""
+    numbers = darts.view(np.float32)
+    for j in range(len(index)):
+        latent = np.uint32(index[j])
+        if value[j] <= caps[latent]:
+            end = starts[latent + np.uint32(1)]
+            _throw(darts, numbers, starts[latent], end, value[j], group, best)
 
 
 @_jit()
@@ -132,21 +141,22 @@ def dart_codes(  # noqa: ANN201
         best[:] = _OPEN
         stage, low, high, group = 0, 0.0, horizon, 1
         while best.max() == _OPEN:
+            if stage < len(tables):
+                starts, darts = tables[stage]
+                _throw_row(index, value, caps, starts, darts, group, best)
             for j in range(len(index)):
                 latent, weight = np.uint32(index[j]), value[j]
                 if stage < len(tables) and weight <= caps[latent]:
-                    starts, darts = tables[stage]
-                    own = darts[starts[latent] : starts[latent + np.uint32(1)]]
-                    _throw(own, weight, group, best)
                     continue
-                n = len(made) + 1
-                while n > len(made):  # once more with room for all
-                    n = stage_darts(
+                n = stage_darts(
+                    seed, latent, stage, weight, width, low, high, group, n_bits, counts, made
+                )
+                if n > len(made):
+                    made = np.empty((n, 4), np.uint32)
+                    stage_darts(
                         seed, latent, stage, weight, width, low, high, group, n_bits, counts, made
                     )
-                    if n > len(made):
-                        made = np.empty((n, 4), np.uint32)
-                _throw(made[:n], weight, group, best)
+                _throw(made, made.view(np.float32), 0, n, weight, group, best)
             low, high, group = high, RANKS * high, min(GROUPS * group, n_bits)
             stage += 1
         for k in range(0, n_bits, 8):

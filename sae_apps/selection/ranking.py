@@ -12,7 +12,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
-from sae_apps.selection import rooted, similarity
+from sae_apps.selection import presence, similarity
 from sae_apps.selection.budget import Room, TopLists, in_turns, length_bins, quotas
 from sae_apps.selection.pool import PoolFeatures
 from sae_apps.selection.prototypes import Prototypes
@@ -30,16 +30,16 @@ class Measure:
     metric: str
     weights: Float[np.ndarray, " d_sae"] | None = None
     """Of the latents, for the metrics of ``similarity``."""
-    centre: Float[np.ndarray, " d_sae"] | None = None
-    """Mean of the pool's roots, for the metric root (see ``rooted``)."""
+    background: presence.Background | None = None
+    """Of the pool, for the metric presence."""
     n_nearest: int = 1
     """A row's score is the mean over so many prototypes, those that are most similar to it."""
 
     def score(self, acts: sparse.csr_array) -> Float[np.ndarray, "n p"]:
         """Scores of rows against every prototype."""
         vectors = self.prototypes.vectors
-        if self.centre is not None:
-            return rooted.score(acts, vectors, self.centre)
+        if self.background is not None:
+            return presence.score(acts, vectors, self.background)
         return similarity.score(acts, vectors, self.metric, weights=self.weights)
 
     def of_rows(self, scores: Float[np.ndarray, "n p"]) -> Float[np.ndarray, " n"]:
@@ -55,17 +55,19 @@ class Measure:
     ) -> list[similarity.Share]:
         """The latents behind the score of each row, which was picked for its ``group``.
 
-        Roots: behind the mean over the nearest prototypes, exactly; else behind the score against
-        the group's prototype.
+        Presence: behind the mean over the nearest prototypes, exactly; else behind the score
+        against the group's prototype.
         """
-        if self.centre is not None:
-            aims = rooted.directions(self.prototypes.vectors, self.centre)
+        if self.background is not None:
+            aims = presence.directions(self.prototypes.vectors, self.background)
             n = min(self.n_nearest, len(aims))
             best = group[:, None]
             if n > 1:
                 best = np.argsort(-self.score(acts), axis=1, kind="stable")[:, :n]
             return [
-                rooted.explain(acts[[i]], aims[places].mean(axis=0)[None], self.centre, top=top)[0]
+                presence.explain(
+                    acts[[i]], aims[places].mean(axis=0)[None], self.background, top=top
+                )[0]
                 for i, places in enumerate(best)
             ]
         found: list[similarity.Share] = [similarity.NOTHING] * len(group)
@@ -130,11 +132,6 @@ class Picks:
     """The prototype that each was picked for."""
     score: Float[np.ndarray, " n_picks"]
     """Against that prototype."""
-
-
-def root_centre(pool: PoolFeatures) -> Float[np.ndarray, " d_sae"]:
-    """Mean of the roots of the pool's rows, in one pass."""
-    return rooted.mean_of(shard.acts for shard in pool)
 
 
 def idf_weights(pool: PoolFeatures) -> Float[np.ndarray, " d_sae"]:

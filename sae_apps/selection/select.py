@@ -30,6 +30,7 @@ from sae_apps.selection.inputs import (
 )
 from sae_apps.selection.instructions import InstructionSource
 from sae_apps.selection.pool import PoolFeatures
+from sae_apps.selection.presence import background_of, presence
 from sae_apps.selection.prototypes import GROUPINGS, make_prototypes
 from sae_apps.selection.ranking import (
     NEAREST,
@@ -39,14 +40,12 @@ from sae_apps.selection.ranking import (
     idf_weights,
     pick,
     reasons_of,
-    root_centre,
 )
 from sae_apps.selection.result import SelectionResult
-from sae_apps.selection.rooted import rooted
 from sae_core.errors import UserError
 from sae_core.provenance import package_versions
 
-MEASURES = (*similarity.METRICS, "root")
+MEASURES = (*similarity.METRICS, "presence")
 WEIGHTS = ("none", "idf")
 PRESETS = ("recommended", "mona")
 
@@ -55,9 +54,9 @@ PRESETS = ("recommended", "mona")
 class SelectConfig:
     """How rows are scored and picked."""
 
-    metric: str = "root"
-    """root (centred cosine of fourth roots), jaccard (generalised; published), cosine, or l2 (minus
-    the Euclidean distance)."""
+    metric: str = "presence"
+    """presence (see presence.py), jaccard (generalised; published), cosine, or l2 (minus the
+    Euclidean distance)."""
     weights: str = "none"
     """idf: both sides are multiplied by log((N + 1) / (df + 1)) over the N rows of the pool."""
     prototypes: str = "each"
@@ -98,8 +97,10 @@ class SelectConfig:
                 "Expected the strategy 'topk' with prototypes 'one' and another with several, got "
                 f"{self.strategy!r} with {self.prototypes!r}."
             )
-        if self.metric == "root" and self.weights != "none":
-            raise UserError(f"Expected weights 'none' with metric 'root', got {self.weights!r}.")
+        if self.metric == "presence" and self.weights != "none":
+            raise UserError(
+                f"Expected weights 'none' with metric 'presence', got {self.weights!r}."
+            )
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise UserError(f"Expected near_duplicates in (0, 1], got {self.near_duplicates}.")
         if self.n_reasons < 0:
@@ -240,13 +241,13 @@ def _selected(
 
 def make_measure(pool: PoolFeatures, targets: PoolFeatures, config: SelectConfig) -> Measure:
     """Prototypes of the targets, and what the measure takes from the pool."""
-    is_root = config.metric == "root"
-    shards = (replace(one, acts=rooted(one.acts)) for one in targets) if is_root else targets
+    is_presence = config.metric == "presence"
+    shards = (replace(one, acts=presence(one.acts)) for one in targets) if is_presence else targets
     return Measure(
         make_prototypes(shards, config.prototypes),
         config.metric,
         idf_weights(pool) if config.weights == "idf" else None,
-        root_centre(pool) if is_root else None,
+        background_of(shard.acts for shard in pool) if is_presence else None,
         NEAREST if config.strategy == "nearest" else 1,
     )
 
