@@ -25,6 +25,7 @@ from sae_apps.selection.similarity import score
 from sae_core.errors import UserError
 
 BLOCK = 4096  # rows made dense at a time: 75 MB at 4,608 latents
+MAX_KEPT = 1 << 28  # numbers of a pool kept after its steps, 1 GiB
 MAX_PROTOTYPES = 1024  # scored at a time where a target has many
 Block = Float[np.ndarray, "n d"]
 Step = Callable[[Any], Any]
@@ -239,12 +240,14 @@ def scores(
         fitted.append(fit_step(name, blocks))
     mean = pool_mean(blocks) if measure.metric == "log_odds" else None
     metric = METRICS[measure.metric]
+    # steps such as whitening cost more than the metric: a pool that fits is stepped once
+    kept = list(blocks()) if len(pool) * matrix.shape[1] <= MAX_KEPT else None
     out = np.empty((len(draws), len(pool)), dtype=np.float32)
     for some in _chunks(draws, measure.groups):
         members, groups, owner = _groups(measure.groups, stepped, setting, [draws[i] for i in some])
         features = stepped(members)
         prototypes = (averaging(groups, len(members)) @ features).astype(np.float32)
-        parts = [metric(block, prototypes, mean) for block in blocks()]
+        parts = [metric(block, prototypes, mean) for block in (kept or blocks())]
         likeness = np.ascontiguousarray(np.concatenate(parts).T, dtype=np.float32)
         out[some] = combined(likeness, owner, measure.strategy, setting.k)
     return stratified(out, setting, draws) if measure.strata else out

@@ -30,7 +30,7 @@ N_SEEDS, N_EXAMPLES = 10, 32
 N_PAIRS = 20_000
 FAMILIES = ("gsm8k", "mbpp", "bbh", "t0")
 # the published method, and what is recommended here
-HEADLINE = ("gba-jaccard", "gba-presence", "gba-presence-max", "gba-presence-whiten-max")
+HEADLINE = ("gba-jaccard", "gba-select")
 Score = Callable[["Bench", Draws], Float32[np.ndarray, "n_draws n_pool"]]
 
 

@@ -42,11 +42,12 @@ class SelectOptions:
     """Also write the scores of all rows: NAME.parquet."""
     evaluation: str | None = None
     """Rows that share text with this file or dataset, e.g. a test set, are not picked."""
-    prototypes: Literal["auto", "one", "group"] = "auto"
-    """Mean code of all targets, or of each group; auto: of each group where there are several,
-    save with --method mona."""
-    strategy: Literal["auto", "topk", "max", "round_robin"] = "auto"
-    """auto: topk with one prototype, round_robin with several."""
+    prototypes: str = "auto"
+    """one: the mean code of all targets; group: of each group; each: every target is one; auto: as
+    the method has it."""
+    strategy: str = "auto"
+    """topk with one prototype; with several nearest, max or round_robin, in which they take turns;
+    auto: as the method has it, else topk with one, nearest with each, round_robin with group."""
     overwrite: bool = False
     """Replace files of the same names."""
 

@@ -41,7 +41,7 @@ class TargetOptions:
 
     source: list[str] | str | None = None
     """As for the pool; --target T for short, several times for several targets, each of which is
-    then a group."""
+    then a group (see --prototypes)."""
     prompt: str | None = None
     """As for the pool; these columns are also those of the evaluation set."""
     response: str | None = None
@@ -51,7 +51,7 @@ class TargetOptions:
     template: str | None = None
     """As for the pool."""
     group: str | None = None
-    """Column that names the group, e.g. the task of a benchmark: one prototype for each group."""
+    """Column that names the group, e.g. the task of a benchmark (see --prototypes)."""
     id: str | None = None
     """As for the pool."""
     split: str = "train"

@@ -7,7 +7,8 @@ NAME.meta.json   the settings, the identity of everything read, the summary, the
 
 ``_sae_apps`` has the same types in every record, so that ``datasets.load_dataset("json",
 data_files="NAME.jsonl")`` reads the file as it is: rank, row_id and latent int64, score and share
-float64, group and tokens string.
+float64, group and tokens string. ``group`` is the prototype that the row was picked for: all, the
+group's name, or GROUP:ROW_ID of the nearest target where every target is a prototype.
 """
 
 import hashlib

@@ -107,7 +107,7 @@ def make_plan(asked: Asked) -> Plan:
         accept_terms=asked.accept_terms,
         config=asked.embed,
     )
-    config = resolve(asked, targets)
+    config = resolve(asked)
     identity = {
         "pool": pool.id,
         "targets": targets.id,
@@ -125,18 +125,20 @@ def make_plan(asked: Asked) -> Plan:
     return Plan(encoder, pool, targets, evaluation, config, features, label, plain(identity))
 
 
-def resolve(asked: Asked, targets: InstructionSource) -> SelectConfig:
-    """The settings with ``auto`` decided by the groups of the targets.
+def resolve(asked: Asked) -> SelectConfig:
+    """The settings with ``auto`` replaced by what the method, or else the prototypes, ask for.
 
     Raises:
         UserError: settings that exclude each other.
     """
+    named = SelectConfig.preset(asked.method)
     prototypes, strategy = asked.chosen.prototypes, asked.chosen.strategy
     if prototypes == "auto":
-        several = len({row.group for row in targets}) > 1
-        prototypes = "group" if several and asked.method != "mona" else "one"
-    if strategy == "auto":
-        strategy = "round_robin" if prototypes == "group" else "topk"
+        prototypes = named.prototypes
+    if strategy == "auto" and prototypes == named.prototypes:
+        strategy = named.strategy
+    elif strategy == "auto":
+        strategy = {"one": "topk", "each": "nearest"}.get(prototypes, "round_robin")
     return replace(asked.config, prototypes=prototypes, strategy=strategy, embed=asked.embed)
 
 

@@ -37,6 +37,8 @@ def summarise(
     scores = result.scores["score"].to_numpy()
     picked = result.picks["score"].to_numpy()
     groups = result.picks["group"].to_pylist()
+    if result.config["prototypes"] == "each":  # named GROUP:ROW_ID
+        groups = [name.rpartition(":")[0] for name in groups]
     return {
         **facts,
         "counts": dict(result.counts),

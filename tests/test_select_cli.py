@@ -225,20 +225,25 @@ def test_other_targets_need_no_model_pass_over_the_pool(
 
 
 def test_several_targets_are_groups_that_take_turns(
-    data: dict[str, str], encoded: Path, tmp_path: Path
+    data: dict[str, str], encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--target", data["code"], *reusing(encoded))
-    assert main(arguments(data, "math", tmp_path / "picks.jsonl", *more)) == 0
+    more = ("--target", data["code"], *reusing(encoded), "--prototypes")
+    found = run_json(capsys, *arguments(data, "math", tmp_path / "picks.jsonl", *more, "group"))
     picks = chosen(tmp_path / "picks.jsonl")
     assert [p["_sae_apps"]["group"] for p in picks] == ["math", "code"] * 4
     assert sum(p["kind"] == p["_sae_apps"]["group"] for p in picks) >= 7
+    assert found["groups"] == {"math": 4, "code": 4}
+    assert "strategy=round_robin" in found["method"]
     argv = arguments(data, "both", tmp_path / "column.jsonl", *reusing(encoded))
-    assert main([*argv, "--target.group", "kind"]) == 0  # the same groups, out of one file
+    argv += ["--target.group", "kind", "--prototypes", "group"]  # the same groups, in one file
+    assert main(argv) == 0
     column = chosen(tmp_path / "column.jsonl")
     assert [p["_sae_apps"]["row_id"] for p in column] == [p["_sae_apps"]["row_id"] for p in picks]
-    argv = arguments(data, "math", tmp_path / "one.jsonl", *more, "--prototypes", "one")
-    assert main(argv) == 0
+    assert main(arguments(data, "math", tmp_path / "one.jsonl", *more, "one")) == 0
     assert {p["_sae_apps"]["group"] for p in chosen(tmp_path / "one.jsonl")} == {"all"}
+    found = run_json(capsys, *arguments(data, "math", tmp_path / "each.jsonl", *more, "each"))
+    groups = [p["_sae_apps"]["group"] for p in chosen(tmp_path / "each.jsonl")]
+    assert {name.split(":")[0] for name in groups} == found["groups"].keys() <= {"math", "code"}
 
 
 def test_mona_is_the_published_method_and_says_what_differs(
@@ -412,7 +417,10 @@ BAD_INPUT = {
     "unknown method": (["--method", "monna"], ["mona"]),
     "unknown metric": (["--metric", "dot"], ["jaccard", "dot"]),
     "unknown option": (["--budgt", "5%"], ["--budget"]),
-    "topk of groups": (["--prototypes", "group", "--strategy", "topk"], ["round_robin", "topk"]),
+    "topk of groups": (
+        ["--prototypes", "group", "--strategy", "topk"],
+        ["'one'", "'group'", "topk"],
+    ),
     "no evaluation set": (["--evaluation", "./nowhere.jsonl"], ["nowhere.jsonl"]),
     "no such dataset": (["--evaluation", "who/knows"], ["no existing file", "who/knows"]),
     "same target twice": (["--target", "MATH"], ["different names", "math"]),

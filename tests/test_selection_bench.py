@@ -248,6 +248,7 @@ def test_sparse_dense_and_any_block_give_the_same(
     one = scores(measure, setting(codes, POOL_60), DRAWS_60)
     monkeypatch.setattr(selection_measures, "BLOCK", 7)
     monkeypatch.setattr(selection_measures, "MAX_PROTOTYPES", 4)
+    monkeypatch.setattr(selection_measures, "MAX_KEPT", 0)
     assert scores(measure, setting(codes.toarray(), POOL_60), DRAWS_60) == pytest.approx(one, 1e-4)
     each = replace(measure, groups="each", strategy="mean")
     x = scores(each, setting(codes, POOL_60), DRAWS_60)
@@ -325,6 +326,14 @@ def test_groups_that_take_turns_find_both_halves_of_a_mixture():
     assert shares(groups="label", strategy="round_robin") == pytest.approx([10, 10], abs=1)
     assert shares(groups="kmeans2", strategy="round_robin") == pytest.approx([10, 10], abs=1)
     assert shares()[1] < 5, "control: one prototype finds one half"
+
+
+def test_several_prototypes_make_one_score():
+    likeness = np.array([[1, 5], [3, 1], [9, 9]], dtype=np.float32)
+    owner = [np.array([0, 1]), np.array([2])]
+    for strategy, expected in (("max", [[3, 5], [9, 9]]), ("mean", [[2, 3], [9, 9]])):
+        found = selection_measures.combined(likeness, owner, strategy, 2)
+        assert found.tolist() == expected
 
 
 def test_strata_keep_the_examples_lengths():

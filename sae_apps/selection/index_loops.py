@@ -7,7 +7,7 @@ the caller's.
 
 import numpy as np
 
-from sae_apps.selection.compiled import _REORDER, PRODUCT, _add_row, _jit
+from sae_apps.selection.compiled import PRODUCT, REORDER, _add_row, jit
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # the constants of splitmix64 (Steele, Lea, Flood 2014)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -23,7 +23,7 @@ _C1, _C2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)  # murmur3 (Appleby)
 RANKS, GROUPS = 6.0, 8  # from stage to stage: the ranks reach so much further, groups grow so much
 
 
-@_jit(inline="always")
+@jit(inline="always")
 def _mix(z):  # noqa: ANN001, ANN202
     """A bijection of 64 bits that looks random: the finaliser of splitmix64."""
     z = (z ^ (z >> _S30)) * _M1
@@ -31,7 +31,7 @@ def _mix(z):  # noqa: ANN001, ANN202
     return z ^ (z >> _S31)
 
 
-@_jit()
+@jit()
 def stage_darts(  # noqa: ANN201
     seed, latent, stage, weight, width, low, high, group, n_bits, counts, darts  # noqa: ANN001
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def stage_darts(  # noqa: ANN201
     return n
 
 
-@_jit()
+@jit()
 def dart_table(seed, stage, caps, width, low, high, group, n_bits, counts):  # noqa: ANN001, ANN201
     """All darts of a stage below the caps, and where those of each latent start.
 
@@ -94,7 +94,7 @@ def dart_table(seed, stage, caps, width, low, high, group, n_bits, counts):  # n
     return starts, darts
 
 
-@_jit()
+@jit()
 def _throw(darts, numbers, first, end, weight, group, best):  # noqa: ANN001, ANN202
     """Let the darts first..end, as far as they lie below the weight, into their buckets."""
     for d in range(first, end):
@@ -110,7 +110,7 @@ def _throw(darts, numbers, first, end, weight, group, best):  # noqa: ANN001, AN
             best[bucket] = min(best[bucket], rank | np.uint32(code))
 
 
-@_jit()
+@jit()
 def _throw_row(index, value, caps, starts, darts, group, best):  # noqa: ANN001, ANN202
     """The darts of one row that a table holds."""
     numbers = darts.view(np.float32)
@@ -121,7 +121,7 @@ def _throw_row(index, value, caps, starts, darts, group, best):  # noqa: ANN001,
             _throw(darts, numbers, starts[latent], end, value[j], group, best)
 
 
-@_jit()
+@jit()
 def dart_codes(  # noqa: ANN201
     indptr, indices, data, start, stop, caps, tables, width, horizon, seed, counts, codes,  # noqa: ANN001
 ):  # fmt: skip
@@ -169,7 +169,7 @@ def dart_codes(  # noqa: ANN201
 LANES = 32  # dimensions of one pass: vector registers hold their sums
 
 
-@_jit()
+@jit()
 def project_rows(indptr, indices, values, start, stop, blocks, out):  # noqa: ANN001, ANN201
     """Rows of CSR times dense blocks [n_blocks, d_sae, LANES], divided by the rows' norms.
 
@@ -192,7 +192,7 @@ def project_rows(indptr, indices, values, start, stop, blocks, out):  # noqa: AN
             out[row - start] *= np.float32(1) / np.sqrt(square)
 
 
-@_jit(fastmath=_REORDER)
+@jit(fastmath=REORDER)
 def score_candidates(  # noqa: ANN201
     indptr, indices, data, offset, q_indptr, q_indices, q_data,  # noqa: ANN001
     start, stop, rows, places, d_sae, out,  # noqa: ANN001

@@ -1,0 +1,341 @@
+"""Search: which codes bring sparse rows to FAISS best, and k-nearest search at scale.
+
+    python -m benchmarks.similarity [--size full] [--part codes|scale] [--rows N] [--targets M]
+
+Rows are real (SmolLM2, mean-pooled GBA codes of benchmarks.selection_data, d_sae 4,608), resampled:
+a new row is  m * thin(a, m) + (1 - m) * thin(b, 1 - m)  of two random rows a and b of the pool,
+m uniform in [.5, 1], where thin keeps each of a latent's tokens (value / median value, rounded)
+with that chance. So two new rows never share more than tokens of a parent, and the tenth neighbour
+is about as near as in the real pool (row "hardness"). Targets are made the same way from the rows
+that are held out of the pool.
+
+1. codes: every kind of code over the same rows: recall of the exact ten nearest among the best C
+   candidates, bytes of the FAISS index a row, encoding speed, time of a search without re-ranking.
+2. scale: an index on disk over N rows (full: 1,000,000; memory holds one shard and the codes),
+   M targets, k = 10, re-ranked exactly; the exact search is timed on the first targets only and
+   recall is measured on those.
+
+Beside the clock stands processor time (of all threads, over their number): on a machine that others
+load the clock measures the others as well.
+"""
+
+import argparse
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from benchmarks.common import Goal, write_result
+from benchmarks.selection_data import load
+from sae_apps.selection.codes import Codes, IndexConfig
+from sae_apps.selection.index import SparseIndex
+from sae_apps.selection.similarity import nearest
+from sae_core.features import shape_of
+
+K = 10
+SHARD = 16_384
+CODES = {"reduced": (20_000, 128), "full": (50_000, 256)}  # rows, targets
+SCALE = {"reduced": (50_000, 1_000, 64), "full": (1_000_000, 10_000, 256)}  # ..., timed exactly
+DEPTHS = (100, 200, 500, 1000)
+# method, dims or bits, factory, further settings
+SEARCHES: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
+    ("minhash", 2048, "BFlat", {}),
+    ("minhash", 4096, "BFlat", {}),
+    ("minhash", 4096, "BIVF128", {}),
+    ("random", 256, "SQfp16", {}),
+    ("svd", 256, "SQfp16", {"power": 1.0}),
+    ("svd", 256, "SQfp16", {"power": 0.5}),
+    ("svd", 256, "SQfp16", {}),
+    ("svd", 128, "Flat", {}),
+    ("svd", 512, "SQ8", {}),
+    ("kernel", 256, "SQfp16", {}),
+    ("kernel", 128, "Flat", {}),
+    ("kernel", 512, "SQ8", {}),
+    ("kernel", 256, "PQ128x4fs", {}),
+    ("kernel", 256, "PQ128x4fs,Refine(SQ8)", {}),
+    ("kernel", 256, "IVF128,SQ8", {}),
+)
+FULL_ONLY: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
+    ("minhash", 4096, "BHNSW32", {}),
+    ("kernel", 256, "HNSW32,SQ8", {}),
+    ("kernel", 256, "PQ128x4fs,Refine(SQ8)", {"fit_rows": 8192}),
+)
+
+
+def main() -> None:
+    """Run one part or both, write results/similarity.json."""
+    parser = argparse.ArgumentParser(description="Search of sparse rows through FAISS.")
+    parser.add_argument("--size", choices=CODES, default="reduced")
+    parser.add_argument("--part", choices=("codes", "scale"), help="one part, into the last result")
+    parser.add_argument("--rows", type=int, help="of the part scale")
+    parser.add_argument("--targets", type=int, help="of the part scale")
+    parser.add_argument("--folder", help="where the index of the part scale is made and removed")
+    args = parser.parse_args()
+    started = time.time()
+    source = Source()
+    rows = []
+    if args.part != "scale":
+        rows += code_rows(source, args.size)
+    if args.part != "codes":
+        n, m, timed = SCALE[args.size]
+        rows += scale_rows(source, args.rows or n, args.targets or m, timed, args.folder)
+    write_result("similarity", rows, goals, started, merge=args.part is not None)
+
+
+# ---- data ----
+
+
+class Source:
+    """Real rows, and as many made from them as wished."""
+
+    def __init__(self) -> None:
+        data = load("reduced")
+        acts = data.representation("gba")
+        members = np.unique(np.concatenate([t.members for t in data.targets.values()]))
+        self.pool = _narrow(acts[data.pool])
+        self.held_out = _narrow(acts[np.setdiff1d(members, data.pool)])
+        self.token = float(np.median(self.pool.data))
+
+    def shard(self, number: int, n: int = SHARD) -> sparse.csr_array:
+        """Rows of one shard of the pool, always the same."""
+        return self._mixed(self.pool, n, np.random.default_rng([1, number]))
+
+    def targets(self, n: int) -> sparse.csr_array:
+        """Rows to search for."""
+        return self._mixed(self.held_out, n, np.random.default_rng([2]))
+
+    def shards(self, n: int) -> Iterator[sparse.csr_array]:
+        """n rows, shard by shard."""
+        for start in range(0, n, SHARD):
+            yield self.shard(start // SHARD, min(SHARD, n - start))
+
+    def _mixed(self, base: sparse.csr_array, n: int, rng: np.random.Generator) -> sparse.csr_array:
+        share = rng.uniform(0.5, 1, n)
+        first, second = (rng.integers(shape_of(base)[0], size=n) for _ in range(2))
+        parts = [
+            self._thinned(base[rows], weight, rng)
+            for rows, weight in ((first, share), (second, 1 - share))
+        ]
+        return _narrow(sparse.csr_array(parts[0] + parts[1]))
+
+    def _thinned(
+        self, rows: sparse.csr_array, share: np.ndarray, rng: np.random.Generator
+    ) -> sparse.csr_array:
+        tokens = np.maximum(1, np.rint(rows.data / self.token)).astype(np.int64)
+        kept = rng.binomial(tokens, np.repeat(share, np.diff(rows.indptr)))
+        # a is a mean over tokens, of which the share stays: a * kept / tokens is share * its mean
+        rows.data = (rows.data * kept / tokens).astype(np.float32)
+        rows.eliminate_zeros()
+        return rows
+
+
+def _narrow(acts: Any) -> sparse.csr_array:
+    """float32 with int32 indices, canonical."""
+    acts = sparse.csr_array(acts).astype(np.float32)
+    acts.sort_indices()
+    acts.indices = acts.indices.astype(np.int32)
+    acts.indptr = acts.indptr.astype(np.int32)
+    return acts
+
+
+# ---- timing ----
+
+
+class Clock:
+    """Seconds on the clock and of the processor (over all threads, divided by their number)."""
+
+    wall = cpu = 0.0
+
+
+@contextmanager
+def clock() -> Iterator[Clock]:
+    """Time a block."""
+    found = Clock()
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield found
+    found.wall = time.perf_counter() - wall
+    found.cpu = (time.process_time() - cpu) / torch.get_num_threads()
+
+
+def _row(what: str, name: str, **values: Any) -> dict[str, Any]:
+    """All rows have the same columns."""
+    columns = (
+        "method", "dims", "factory", "rows", "targets", "threads", "bytes_a_row", "encode_rows_s",
+        "encode_rows_s_cpu", "build_rows_s_cpu", "fit_s_cpu", "search_ms", "search_ms_cpu",
+        *(f"recall_{depth}" for depth in DEPTHS), "n_candidates", "recall", "recall_low", "exact_ms",
+        "exact_ms_cpu", "speedup", "speedup_cpu", "j_1", "j_10", "j_100", "nonzeros", "peak_gib",
+    )  # fmt: skip
+    empty = dict.fromkeys(columns)
+    unknown = set(values) - set(empty)
+    assert not unknown, unknown
+    return {"name": name, "what": what, **empty, "threads": torch.get_num_threads(), **values}
+
+
+# ---- 1. codes ----
+
+
+def code_rows(source: Source, size: str) -> list[dict[str, Any]]:
+    """Every kind of code over the same rows and targets."""
+    n, m = CODES[size]
+    rows, targets = _narrow(sparse.vstack(list(source.shards(n)), format="csr")), source.targets(m)
+    warm = SparseIndex.build(rows[:600], IndexConfig(dims=32))
+    warm.query(targets[:4], K)  # compiles
+    truth = nearest(rows, targets, 100)
+    found = [
+        hardness("made rows", truth.score, rows),
+        hardness("real rows", nearest(source.pool, source.held_out[:m], 100).score, source.pool),
+    ]
+    sample = rows[np.sort(np.random.default_rng(0).choice(n, 8192, replace=False))]
+    for method, dims, factory, more in SEARCHES + (FULL_ONLY if size == "full" else ()):
+        config = IndexConfig(method=method, dims=dims, factory=factory, **more)
+        found.append(code_row(rows, targets, truth.index[:, :K], sample, config))
+        print(found[-1], flush=True)
+    return found
+
+
+def hardness(name: str, scores: np.ndarray, rows: sparse.csr_array) -> dict[str, Any]:
+    """How near the neighbours are: medians over the targets."""
+    values = {f"j_{rank}": float(np.median(scores[:, rank - 1])) for rank in (1, 10, 100)}
+    n = shape_of(rows)[0]
+    return _row("hardness", name, rows=n, nonzeros=len(rows.data) / n, **values)
+
+
+def code_row(
+    rows: sparse.csr_array,
+    targets: sparse.csr_array,
+    truth: np.ndarray,
+    sample: sparse.csr_array,
+    config: IndexConfig,
+) -> dict[str, Any]:
+    """Build, search, and look for the true neighbours among the first candidates."""
+    n, m = shape_of(rows)[0], len(truth)
+    with clock() as fit:
+        codes = Codes.fit(sample[: config.fit_rows], config)
+    codes.encode(rows[:256])  # compiles, fills tables
+    with clock() as encode:
+        codes.encode(rows)
+    with clock() as build:
+        codes.add(rows)
+    recalls = {}
+    for depth in DEPTHS:
+        with clock() as search:
+            found = codes.candidates(targets, depth, config)
+        hits = [np.isin(a, b).mean() for a, b in zip(truth, found, strict=True)]
+        recalls[f"recall_{depth}"] = float(np.mean(hits))
+    more = "".join(
+        f" {key} {getattr(config, key)}"
+        for key in ("power", "fit_rows")
+        if getattr(config, key) != getattr(IndexConfig(), key)
+    )
+    return _row(
+        "codes", f"{config.method} {config.dims} {config.factory}{more}",
+        method=config.method, dims=config.dims, factory=config.factory, rows=n, targets=m,
+        bytes_a_row=codes.bytes_per_row, encode_rows_s=n / encode.wall,
+        encode_rows_s_cpu=n / encode.cpu, build_rows_s_cpu=n / build.cpu, fit_s_cpu=fit.cpu,
+        search_ms=search.wall / m * 1e3, search_ms_cpu=search.cpu / m * 1e3, **recalls,
+    )  # fmt: skip
+
+
+# ---- 2. scale ----
+
+
+def scale_rows(
+    source: Source, n: int, m: int, n_timed: int, folder: str | None
+) -> list[dict[str, Any]]:
+    """The default index over n rows on disk, m targets; exact search on the first n_timed."""
+    place = Path(tempfile.mkdtemp(dir=folder, prefix="sae-apps-index-"))
+    try:
+        return [_scale_row(source, n, m, n_timed, place / "index")]
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _scale_row(source: Source, n: int, m: int, n_timed: int, place: Path) -> dict[str, Any]:
+    targets = source.targets(m)
+    SparseIndex.build(source.shard(0, 600), IndexConfig(dims=32)).query(targets[:4], K)  # compiles
+    nearest(source.shard(0, 500), targets[:n_timed], K)
+    index = SparseIndex.build(source.shards(n), folder=place)
+    # A build reads, checks and writes the rows as well; this is what the codes alone take.
+    again = Codes(index.codes.encoder, _emptied(index.codes.index))
+    first = index.parts[0].matrix(index.d_sae)
+    with clock() as encode:
+        again.encode(first)
+    with clock() as add:
+        again.add(first)
+    n_first = shape_of(first)[0]
+    bars, exact = exact_bars(index, targets[:n_timed])
+    found = {}
+    with clock() as search:
+        found = index.query(targets, K)
+    recall = _recall_against(found.scores[:n_timed], bars)
+    return _row(
+        "scale", f"scale {n} rows", method=index.config.method,
+        dims=shape_of(index.codes.encode(targets[:1]))[1], factory="default", rows=n, targets=m,
+        bytes_a_row=index.codes.bytes_per_row, encode_rows_s=n_first / encode.wall,
+        encode_rows_s_cpu=n_first / encode.cpu, build_rows_s_cpu=n_first / add.cpu,
+        search_ms=search.wall / m * 1e3, search_ms_cpu=search.cpu / m * 1e3,
+        n_candidates=found.n_candidates, recall=recall[0], recall_low=recall[1],
+        exact_ms=exact.wall / n_timed * 1e3, exact_ms_cpu=exact.cpu / n_timed * 1e3,
+        speedup=exact.wall / n_timed * m / search.wall,
+        speedup_cpu=exact.cpu / n_timed * m / search.cpu,
+        j_10=float(np.median(bars)), nonzeros=sum(len(p.data) for p in index.parts) / n,
+        peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    )  # fmt: skip
+
+
+def _emptied(index: Any) -> Any:
+    """The trained FAISS index without its rows."""
+    import faiss
+
+    copy = faiss.clone_index(index)
+    copy.reset()
+    return copy
+
+
+def exact_bars(index: SparseIndex, targets: sparse.csr_array) -> tuple[np.ndarray, Clock]:
+    """The K-th best score of each target over all rows, by `nearest`, and its time."""
+    best = np.full((shape_of(targets)[0], K), -1, dtype=np.float32)
+    with clock() as taken:
+        for part in index.parts:
+            scores = nearest(part.matrix(index.d_sae), targets, K).score
+            best = np.sort(np.concatenate([best, scores], axis=1), axis=1)[:, -K:]
+    return best[:, 0], taken
+
+
+def _recall_against(scores: np.ndarray, bars: np.ndarray) -> tuple[float, float]:
+    from sae_apps.selection.rerank import recall_of
+
+    found = recall_of(scores, bars)
+    return found.value, found.low
+
+
+def goals(rows: list[dict[str, Any]]) -> list[Goal]:
+    """What the scale run and the table of codes promise."""
+    found = []
+    for row in (r for r in rows if r["what"] == "scale"):
+        name = row["name"]
+        checks: tuple[tuple[str, float, str, Callable[[float], bool], str], ...] = (
+            ("speed-up over exact", row["speedup"], ">= 20", lambda v: v >= 20,
+             f"{row['speedup_cpu']:.1f} by processor time; exact timed on part of the targets"),
+            ("recall after re-ranking", row["recall"], ">= 0.99", lambda v: v >= 0.99,
+             f"95% interval from {row['recall_low']:.4f}"),
+            ("bytes a row", row["bytes_a_row"], "<= 512", lambda v: v <= 512, ""),
+            ("rows a second into the index, by processor time, per machine",
+             row["build_rows_s_cpu"], ">= 20000", lambda v: v >= 20_000,
+             f"{row['threads']} threads; {row['nonzeros']:.0f} nonzeros a row"),
+        )  # fmt: skip
+        for what, value, goal, met, note in checks:
+            found.append(Goal(f"{name}: {what}", value, goal, met(value), note))
+    return found
+
+
+if __name__ == "__main__":
+    main()
