@@ -66,8 +66,8 @@ from sae_core.errors import UserError
 from sae_core.models import DEFAULT_MODEL, LanguageModel, load_model
 from sae_core.store import append_jsonl
 
-METHODS = ("random", "bm25-mean", "minilm-mean", "hidden-centred", "gba-cosine")
-OURS = "gba-cosine"
+METHODS = ("random", "bm25-mean", "minilm-max", "hidden-centred", "gba-select")
+OURS = "gba-select"
 TARGETS = ("gsm8k", "mbpp", "mix:bbh")
 MAX_SEEDS = 5  # examples of so many draws are kept out of the held-out rows, however many run
 END = "####"  # stands before the final number of a GSM8K solution

@@ -121,7 +121,7 @@ class Source:
         share = rng.uniform(0.5, 1, n)
         first, second = (rng.integers(shape_of(base)[0], size=n) for _ in range(2))
         parts = [
-            self._thinned(base[rows], weight, rng)
+            self._thinned(sparse.csr_array(base[rows]), weight, rng)
             for rows, weight in ((first, share), (second, 1 - share))
         ]
         return _narrow(sparse.csr_array(parts[0] + parts[1]))
@@ -129,10 +129,11 @@ class Source:
     def _thinned(
         self, rows: sparse.csr_array, share: np.ndarray, rng: np.random.Generator
     ) -> sparse.csr_array:
-        tokens = np.maximum(1, np.rint(rows.data / self.token)).astype(np.int64)
+        values: np.ndarray = rows.data
+        tokens = np.maximum(1, np.rint(values / self.token)).astype(np.int64)
         kept = rng.binomial(tokens, np.repeat(share, np.diff(rows.indptr)))
         # a is a mean over tokens, of which the share stays: a * kept / tokens is share * its mean
-        rows.data = (rows.data * kept / tokens).astype(np.float32)
+        rows.data = (values * kept / tokens).astype(np.float32)
         rows.eliminate_zeros()
         return rows
 
@@ -170,8 +171,8 @@ def _row(what: str, name: str, **values: Any) -> dict[str, Any]:
     columns = (
         "method", "dims", "factory", "rows", "targets", "threads", "bytes_a_row", "encode_rows_s",
         "encode_rows_s_cpu", "build_rows_s_cpu", "fit_s_cpu", "search_ms", "search_ms_cpu",
-        *(f"recall_{depth}" for depth in DEPTHS), "n_candidates", "recall", "recall_low", "exact_ms",
-        "exact_ms_cpu", "speedup", "speedup_cpu", "j_1", "j_10", "j_100", "nonzeros", "peak_gib",
+        *(f"recall_{depth}" for depth in DEPTHS), "n_candidates", "recall", "recall_low",
+        "exact_ms", "exact_ms_cpu", "speedup", "speedup_cpu", "j_1", "j_10", "j_100", "nonzeros", "peak_gib",
     )  # fmt: skip
     empty = dict.fromkeys(columns)
     unknown = set(values) - set(empty)

@@ -122,7 +122,7 @@ def as_text(summary: Mapping[str, Any]) -> str:
     for one in summary["reasons"]:
         words = ", ".join(repr(printable(token)) for token in one["tokens"])
         lines.append(
-            f"  {one['share']:6.1%}  latent {one['latent']:>6} in {one['n_picks']:,} picks"
+            f"  {one['share']:7.2%}  latent {one['latent']:>6} in {one['n_picks']:,} picks"
             + (f": {words}" if words else "")
         )
     lines += [f"written to {path}" for path in summary["files"]]

@@ -170,20 +170,24 @@ def test_partial_training_has_the_whole_models_loss_and_gradients(architecture: 
     assert len(blocks) == N_LAYERS
 
 
-def test_one_step_moves_the_blocks_as_it_moves_the_whole_model(lm):
+def test_two_steps_move_the_blocks_as_they_move_the_whole_model(lm):
     """A whole model whose lower part is frozen, trained by hand: the same weights."""
-    examples, setting = make_examples(4), replace(SETTING, batch_tokens=1000)
+    examples, setting = make_examples(4), replace(SETTING, batch_tokens=1000, epochs=2)
     student = make_student(lm, 2)
     train(student, entering(lm, 2, examples), examples, setting, 0)
     whole = tiny_model("llama")
-    moved = [p for block in list(whole.model.layers)[2:] for p in block.parameters()]
-    moved.append(whole.model.norm.weight)
+    moved = [*whole.model.layers[2:].parameters(), whole.model.norm.weight]
+    start = [p.detach().clone() for p in moved]
     optimizer = torch.optim.AdamW(moved, lr=SETTING.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    whole_loss(whole, examples).backward()
-    torch.nn.utils.clip_grad_norm_(moved, 1.0)
-    optimizer.step()
-    for one, other in zip(student.parameters[:-1], moved[:-1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        whole_loss(whole, examples).backward()
+        torch.nn.utils.clip_grad_norm_(moved, 1.0)
+        optimizer.step()
+    for mine, theirs, before in zip(student.parameters, moved, start, strict=True):
+        # Adam divides by the gradient's size: where that is tiny, rounding decides the step
+        wrong = (mine - theirs).abs() > 1e-3 * (theirs - before).abs() + 1e-6
+        assert wrong.float().mean() < 0.01
 
 
 def test_what_lies_below_is_left_alone_and_the_model_too(lm):
@@ -336,6 +340,36 @@ def make_cell(method: str = "a", seed: int = 0, n: int = 3) -> Cell:
     return Cell(method, "t", 0.05, seed, tuple(make_examples(n)), 1)
 
 
+def fake_bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Ten pool rows, the last not trainable; `down` and `up` rank them by place."""
+    from benchmarks import selection
+
+    pool = np.arange(5, 15)
+    aim = SimpleNamespace(name="t", is_hit=pool < 8, draws=[np.array([0, 1]), np.array([2])])
+    score = {"down": lambda draws: [-pool * len(draw) for draw in draws],
+             "up": lambda draws: [pool * len(draw) for draw in draws]}  # fmt: skip
+    methods = [SimpleNamespace(name=n, score=lambda _, d, f=f: f(d)) for n, f in score.items()]
+    monkeypatch.setattr(selection, "main_methods", lambda bench: methods)
+    return SimpleNamespace(data=SimpleNamespace(pool=pool, rows=[None] * 15), aims=[aim])
+
+
+def test_methods_spend_the_same_budget_on_rows_that_may_be_trained_on(monkeypatch):
+    bench = fake_bench(monkeypatch)
+    rows = {place: Example(np.full(10, place), 4, 9, 5) for place in range(5, 14)}
+    cells = finetune.make_cells(bench, rows, ["down", "up"], ["t"], [0.25, 0.5], 2)
+    assert [(c.method, c.share, c.seed) for c in cells] == [
+        ("untrained", 0.0, 0),
+        *((m, share, seed) for seed in (0, 1) for share in (0.25, 0.5) for m in ("down", "up")),
+    ]
+    picked = [[int(one.ids[0]) for one in c.picks] for c in cells]
+    assert picked[:5] == [[], [5, 6], [13, 12], [5, 6, 7, 8], [13, 12, 11, 10]]  # 14 is left out
+    assert [c.n_hits for c in cells[:5]] == [0, 2, 0, 3, 0]
+    with pytest.raises(UserError, match="names out of down, up, got 'sideways'"):
+        finetune.make_cells(bench, rows, ["sideways"], ["t"], [0.5], 1)
+    with pytest.raises(UserError, match="names out of t, got 'u'"):
+        finetune.make_cells(bench, rows, ["up"], ["u"], [0.5], 1)
+
+
 def test_a_cell_gives_its_sums(lm):
     rows = make_examples(4, seed=1)
     wrong = [one._replace(ids=np.roll(one.ids, 1)) for one in rows[:2]]
@@ -363,11 +397,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path):
 
     def run(cell: Cell, rows: Held) -> dict[str, Any]:
         if len(ran) == 2:
-            raise KeyboardInterrupt
+            raise TimeoutError
         ran.append(cell.seed)
         return {"nll": [float(cell.seed), 1.0], "seconds": 0.0}
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TimeoutError):
         run_cells(cells, held, SETTING, "r1", path, run)
     assert ran == [0, 1]
     with path.open("a") as file:

@@ -58,6 +58,8 @@ DETECTED = [
     ({"input": "i", "target": "t", "task": "k"}, "input>target", "i", "t"),
     ({"input": "i", "output": "t"}, "input>output", "i", "t"),
     ({"inputs": "i", "targets": "t"}, "inputs>targets", "i", "t"),
+    ({"source": "s", "target": "t"}, "source>target", "s", "t"),
+    ({"instruction": "i", "output": "o", "source": "web"}, "instruction>output", "i", "o"),
     ({"query": "q", "response": "r", "type": "k"}, "query>response", "q", "r"),
     ({"problem": "q", "solution": "r"}, "problem>solution", "q", "r"),
     ({"text": "t", "code": "c", "test_list": ["x"]}, "text>code", "t", "c"),

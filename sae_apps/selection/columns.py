@@ -26,6 +26,8 @@ RESPONSE_NAMES = (
     *("output", "outputs", "response", "completion", "answer", "target", "targets"),
     *("solution", "assistant"),
 )
+ORIGIN_NAMES = ("source", "user")
+"""Prompts where no other column is one; beside another they say where a row comes from."""
 MARKER = "response"
 
 
@@ -127,6 +129,8 @@ def _detected(record: Record, where: str) -> Layout:
         return Layout(prompt=("text",), response="code")
     contexts = [name for name in CONTEXT_NAMES if name in record]
     heads = [name for name in prompts if name not in contexts]
+    if len(heads) > 1:
+        heads = [name for name in heads if name not in ORIGIN_NAMES]
     if not heads:  # `input` alone is the prompt; beside `instruction` it is the context
         heads = [name for name in prompts if name in contexts][:1]
         contexts = [name for name in contexts if name not in heads]
