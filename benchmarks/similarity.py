@@ -43,7 +43,7 @@ from sae_core.features import shape_of
 K = 10
 SHARD = 16_384
 CODES = {"reduced": (20_000, 128), "full": (50_000, 256)}  # rows, targets
-SCALE = {"reduced": (50_000, 1_000, 64), "full": (1_000_000, 10_000, 256)}  # ..., timed exactly
+SCALE = {"reduced": (200_000, 1_000, 128), "full": (1_000_000, 10_000, 256)}  # ..., timed exactly
 DEPTHS = (100, 200, 500, 1000)
 # method, dims or bits, factory, further settings
 SEARCHES: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
@@ -172,7 +172,8 @@ def _row(what: str, name: str, **values: Any) -> dict[str, Any]:
         "method", "dims", "factory", "rows", "targets", "threads", "bytes_a_row", "encode_rows_s",
         "encode_rows_s_cpu", "build_rows_s_cpu", "fit_s_cpu", "search_ms", "search_ms_cpu",
         *(f"recall_{depth}" for depth in DEPTHS), "n_candidates", "recall", "recall_low",
-        "exact_ms", "exact_ms_cpu", "speedup", "speedup_cpu", "j_1", "j_10", "j_100", "nonzeros", "peak_gib",
+        "exact_ms", "exact_ms_cpu", "speedup", "speedup_cpu",
+        "j_1", "j_10", "j_100", "nonzeros", "peak_gib",
     )  # fmt: skip
     empty = dict.fromkeys(columns)
     unknown = set(values) - set(empty)
@@ -279,7 +280,7 @@ def _scale_row(source: Source, n: int, m: int, n_timed: int, place: Path) -> dic
     recall = _recall_against(found.scores[:n_timed], bars)
     return _row(
         "scale", f"scale {n} rows", method=index.config.method,
-        dims=shape_of(index.codes.encode(targets[:1]))[1], factory="default", rows=n, targets=m,
+        dims=index.codes.encode(targets[:1]).shape[1], factory="default", rows=n, targets=m,
         bytes_a_row=index.codes.bytes_per_row, encode_rows_s=n_first / encode.wall,
         encode_rows_s_cpu=n_first / encode.cpu, build_rows_s_cpu=n_first / add.cpu,
         search_ms=search.wall / m * 1e3, search_ms_cpu=search.cpu / m * 1e3,

@@ -140,6 +140,49 @@ def reweighting(result: Result) -> str:
     ])  # fmt: skip
 
 
+# the methods that a user would compare, in the README; the result file has all
+SELECTIONS = (
+    "gba-select", "topk-select", "gba-select-one", "gba-presence-max", "gba-presence", "gba-cosine",
+    "gba-jaccard", "topk-jaccard", "gba-jaccard-idf", "gba-jaccard-strata", "gba-jaccard-each-rr",
+    "random", "bm25-mean", "dsir", "dsir-tuned", "minilm-mean", "minilm-max", "rds+",
+    "hidden-centred", "hidden-whiten-max", "mlp-jaccard", "mlp-topk-presence-max",
+    "ngrams-presence-max",
+)  # fmt: skip
+
+
+def selection(result: Result, size: str = "reduced") -> str:
+    """Precision of picks, one method a row, the best first."""
+    rows = [r for r in result["rows"] if r["size"] == size and r["method"] in SELECTIONS]
+
+    def more(row: dict[str, Any]) -> dict[str, str]:
+        if "r_bbh" not in row:
+            return {}
+        names = {"GSM8K": "r_gsm8k", "MBPP": "r_mbpp", "BBH": "r_bbh", "T0": "r_t0"}
+        return {label: f"{row[name]:.2f}" for label, name in names.items()}
+
+    return table([
+        {
+            "method": row["method"], "R-precision": f"{row['r_precision']:.3f}",
+            "over the best baseline": ""
+            if row["family"] == "baseline"
+            else f"{row['r_precision_over_best']:+.3f} [{row['r_precision_over_best_t_low']:+.3f}, "
+            f"{row['r_precision_over_best_t_high']:+.3f}]",
+            "at 1%": f"{row['p1']:.3f}", "5%": f"{row['p5']:.3f}", "10%": f"{row['p10']:.4f}",
+        }
+        | more(row)
+        | {
+            "worst target over chance": f"{row['r_precision_worst_over_chance']:+.2f}",
+            "length": f"{row['tokens_over_examples']:.2f}",
+        }
+        for row in sorted(rows, key=lambda r: -r["r_precision"])
+    ])  # fmt: skip
+
+
+def selection_fresh(result: Result) -> str:
+    """The same on targets that had no part in the choice of the measure."""
+    return selection(result, "reduced-fresh")
+
+
 def goals(result: Result) -> str:
     """Every goal of a suite, kept or not."""
     return table([
@@ -162,6 +205,9 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "agreement_goals": ("agreement", goals),
     "verdict_goals": ("verdict", goals),
     "reweighting": ("reweighting", reweighting),
+    "selection": ("selection", selection),
+    "selection_fresh": ("selection", selection_fresh),
+    "selection_goals": ("selection", goals),
     "throughput": ("throughput", throughput),
     "throughput_goals": ("throughput", goals),
 }

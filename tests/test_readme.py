@@ -49,10 +49,25 @@ def test_the_block_on_a_finished_run(tmp_path, monkeypatch):
     acts = sparse.csr_array(dense)
     save_sae(tmp_path / "runs/demo/sae", SAE(SAEConfig(4, 16, k=2)))
     save_features(tmp_path / "runs/demo/features", SparseFeatures(acts, rows, provenance))
-    (block,) = [b for b in BLOCKS if "runs/demo" in b]
+    (block,) = [b for b in BLOCKS if "runs/demo/features" in b]
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
     assert names["rows"].tolist() == [9] and names["latents"].tolist() == [9, 12]
+
+
+def test_the_block_that_selects(stories260k, tmp_path, monkeypatch, capsys):
+    from sae_apps.tasks.main import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Tom has 2 dogs and 3 cats. How many pets has he? 5\n" * 99)
+    flags = ["--text", "text.txt", "--tokens", "2k", "--d-sae", "128", "--k", "8", "--quiet"]
+    flags += ["--batch-size", "256", "--eval-tokens", "100", "--loss-tokens", "50"]
+    assert main(["train", "--model", str(stories260k), *flags, "--out", "runs/demo"]) == 0
+    capsys.readouterr()
+    (block,) = [b for b in BLOCKS if "load_encoder" in b]
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert len(names["picks"]) == 1 and "'prompt'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

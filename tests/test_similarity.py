@@ -274,17 +274,17 @@ def test_rounding_in_float32_loses_no_neighbour():
     # 5,000 addends: sums in float32 are off by more than the rows differ, up or down by the query
     generator = np.random.default_rng(0)
     n_wrong = 0
-    for _ in range(8):
+    for _ in range(6):
         query = generator.random(5000, dtype=np.float32) + 1
-        acts = np.tile(query * np.float32(0.5), (64, 1))
-        for row in range(64):  # every row has its losses elsewhere
+        acts = np.tile(query * np.float32(0.5), (256, 1))
+        for row in range(256):  # every row has its losses elsewhere
             lost = generator.choice(5000, 20, replace=False)
             acts[row, lost] *= np.float32(1 - 2e-3 * generator.random())
         every = by_formula(acts, query[None], "jaccard")[:, 0]
         order = np.argsort(-every.astype(np.float32), kind="stable")
         naive = np.cumsum(np.minimum(acts, query), axis=1, dtype=np.float32)[:, -1]
-        n_wrong += (np.argsort(-naive, kind="stable")[:9] != order[:9]).any()
-        assert nearest(csr(acts), csr(query[None]), 9).index[0].tolist() == order[:9].tolist()
+        n_wrong += (np.argsort(-naive, kind="stable")[:5] != order[:5]).any()
+        assert nearest(csr(acts), csr(query[None]), 5).index[0].tolist() == order[:5].tolist()
     assert n_wrong, "control: float32 alone gives another order"
 
 
