@@ -25,7 +25,8 @@ The measures were chosen on these targets. The part "fresh" takes targets that h
 choice of presence, centring and nearest examples (they did in that of the whitening's strength).
 The part "gradients" compares on a sub-pool, since a gradient costs several times a forward pass.
 
-results/selection.json holds a row per method, selection_targets.json one per method and target.
+results/selection.json holds a row per method, selection_targets.json one per method of the README
+and target.
 """
 
 import argparse
@@ -61,6 +62,7 @@ from benchmarks.selection_table import (
     goals,
     make_aims,
     method_rows,
+    of_table,
     target_rows,
 )
 from sae_apps.selection.presence import background_of, presence
@@ -346,7 +348,7 @@ def write(bench: Bench, methods: Sequence[Method], prefix: str, started: float) 
     rows = method_rows(bench, methods, found, prefix)
     with redirect_stdout(StringIO()):  # hundreds of columns, better read in the files
         write_result("selection", rows, goals, started, merge=True)
-        per_target = target_rows(bench, methods, found, prefix)
+        per_target = of_table(target_rows(bench, methods, found, prefix))
         write_result("selection_targets", per_target, lambda _: [], started, merge=True)
     rows.sort(key=lambda row: -row["r_precision"])
     print(table([{name: row.get(name) for name in SHOWN} for row in rows]))

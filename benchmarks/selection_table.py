@@ -31,6 +31,14 @@ N_PAIRS = 20_000
 FAMILIES = ("gsm8k", "mbpp", "bbh", "t0")
 # the published method, and what is recommended here
 HEADLINE = ("gba-jaccard", "gba-select")
+# the methods that a user would compare: in the README, and target by target in a file
+SELECTIONS = (
+    "gba-select", "topk-select", "gba-select-one", "gba-presence-max", "gba-presence", "gba-cosine",
+    "gba-jaccard", "topk-jaccard", "gba-jaccard-idf", "gba-jaccard-strata", "gba-jaccard-each-rr",
+    "random", "bm25-mean", "dsir", "dsir-tuned", "minilm-mean", "minilm-max", "rds+",
+    "hidden-centred", "hidden-whiten", "hidden-whiten-max", "mlp-jaccard", "mlp-topk-presence-max",
+    "mlp-topk-presence-whiten-max", "ngrams-presence-max",
+)  # fmt: skip
 Score = Callable[["Bench", Draws], Float32[np.ndarray, "n_draws n_pool"]]
 
 
@@ -272,6 +280,20 @@ def method_rows(
         )
         rows.append(row)
     return rows
+
+
+def of_table(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of SELECTIONS, shortened: all methods and columns would fill megabytes."""
+    left_out = ("ceiling_", "p1_", "p5_", "p10_", "example_tokens", "distinct2", "sources", "kind")
+    return [
+        {
+            key: round(v, 4) if isinstance(v, float) else v
+            for key, v in row.items()
+            if not key.startswith(left_out)
+        }
+        for row in rows
+        if row["method"] in SELECTIONS
+    ]
 
 
 def target_rows(

@@ -146,7 +146,7 @@ def timed(work: Callable[[], object]) -> Taken:
 
 def bare_read(acts: sparse.csr_array) -> Callable[[], None]:
     """Add up both arrays in ranges of a megabyte, by a compiled loop."""
-    from sae_apps.selection.compiled import REORDER, jit
+    from sae_apps.selection.jit import REORDER, jit
 
     @jit(fastmath=REORDER)
     def loop(indices, data):  # noqa: ANN001, ANN202

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, cell, table
 from benchmarks.recovery import BASELINES, chosen
+from benchmarks.selection_table import SELECTIONS
 from sae_core.store import atomic_write_text
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -138,16 +139,6 @@ def reweighting(result: Result) -> str:
         for (setting, kind, arm), row in cells.items()
         if arm == "plain"
     ])  # fmt: skip
-
-
-# the methods that a user would compare, in the README; the result file has all
-SELECTIONS = (
-    "gba-select", "topk-select", "gba-select-one", "gba-presence-max", "gba-presence", "gba-cosine",
-    "gba-jaccard", "topk-jaccard", "gba-jaccard-idf", "gba-jaccard-strata", "gba-jaccard-each-rr",
-    "random", "bm25-mean", "dsir", "dsir-tuned", "minilm-mean", "minilm-max", "rds+",
-    "hidden-centred", "hidden-whiten-max", "mlp-jaccard", "mlp-topk-presence-max",
-    "ngrams-presence-max",
-)  # fmt: skip
 
 
 def selection(result: Result, size: str = "reduced") -> str:

@@ -361,13 +361,13 @@ def test_without_numba_the_torch_form_answers(monkeypatch: pytest.MonkeyPatch):
 
 def test_compiled_code_is_kept_in_the_users_cache_or_nowhere(tmp_path, monkeypatch):
     pytest.importorskip("numba")
-    from sae_apps.selection import compiled
+    from sae_apps.selection.jit import jit
 
     monkeypatch.setenv("SAE_APPS_CACHE", str(tmp_path / "cache"))
-    kept = compiled.jit()(lambda x: x + 1)
+    kept = jit()(lambda x: x + 1)
     assert kept(1) == 2
     assert list((tmp_path / "cache" / "numba").rglob("*.nbi"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SAE_APPS_CACHE", str(tmp_path / "file"))  # nothing can be made in a file
-    forgotten = compiled.jit()(lambda x: x + 2)
+    forgotten = jit()(lambda x: x + 2)
     assert forgotten(1) == 3 and not forgotten.stats.cache_path

@@ -2,154 +2,28 @@
 
 s[i, q] = sum over the nonzeros k of row i of min(a[i, k], b[q, k])   or of   a[i, k] * b[q, k].
 
-This module needs numba (extra ``cpu``) and is imported by ``kernels`` only where that is present.
-Three choices carry the speed:
+This module needs numba (extra ``cpu``) and is imported by ``kernels`` and ``neighbours`` only where
+that is present. One vector b is gathered at the row's latents and summed in vector registers; every
+index is clamped before it is used, so that a corrupt matrix is reported and never read out of
+bounds. Several vectors lie interleaved as a table [d_sae, width], so that one nonzero needs one
+contiguous read for all of them (``jit.add_row``). Threads are the caller's: every loop releases the
+GIL, and numba's own thread pools abort the process when two Python threads enter them at once, or
+after a fork.
 
-- One vector: a gather of b at the row's latents, summed in vector registers. Every index is clamped
-  before it is used, so that a corrupt matrix is reported and never read out of bounds.
-- Several vectors: they lie interleaved as a table [d_sae, width], so that one nonzero needs one
-  contiguous read for all of them. The loop is emitted as LLVM vectors (`_add_row`) because the
-  optimiser, left alone, vectorises over the nonzeros with gathers and is four times slower.
-- Threads are the caller's (every loop releases the GIL). numba's own thread pools abort the process
-  when two Python threads enter them at once, or after a fork.
-
-Values are float32 and every sum is float64, so the result does not depend on a row's neighbours.
+Values are float32 and every sum that decides is float64.
 """
 
-import os
-import tempfile
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import config as numba_config
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from sae_apps.selection.jit import PRODUCT, REORDER, jit
+from sae_apps.selection.jit import add_row as _add_row
+from sae_apps.selection.jit import clamped as _clamped
+from sae_apps.selection.jit import pick as _pick
 from sae_apps.selection.metrics import EQUAL
-from sae_core.download import cache_dir
 
-_SETTINGS: Any = numba_config  # its fields are made at run time
-# Sums may be reordered, so that they fill vector registers; NaN and infinity keep their meaning,
-# since they are how bad values are noticed.
-REORDER = {"reassoc", "nsz", "contract"}
-
-
-def _cache_folder() -> str | None:
-    """A folder for compiled code that this user may write, or None; never the installed package."""
-    folder = cache_dir() / "numba"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return os.fspath(folder)
-    except OSError:
-        return None
-
-
-def jit(**options: Any) -> Callable[[Callable], Any]:
-    """numba's njit with the code kept in the user's cache; ``$NUMBA_CACHE_DIR`` wins if it is set.
-
-    numba decides the folder while it decorates, and would choose ``__pycache__`` beside the source.
-    """
-
-    def decorate(function: Callable) -> Any:
-        before = _SETTINGS.CACHE_DIR
-        folder = before or _cache_folder()
-        if folder is None:
-            return njit(nogil=True, **options)(function)
-        _SETTINGS.CACHE_DIR = folder
-        try:
-            return njit(nogil=True, cache=True, **options)(function)
-        finally:
-            _SETTINGS.CACHE_DIR = before
-
-    return decorate
-
-
-_jit, _REORDER = jit, REORDER
-
-
-def _emit_row(width: int, minimum: bool, is_double: bool) -> Callable:
-    """Code that adds sum_j min(v[j], table[i[j]]) or sum_j v[j] * table[i[j]] to ``sums``."""
-    narrow = ir.VectorType(ir.FloatType(), width)
-    wide = ir.VectorType(ir.DoubleType(), width) if is_double else narrow
-
-    def widened(builder: Any, vector: Any) -> Any:
-        return builder.fpext(vector, wide) if is_double else vector
-
-    def spread(builder: Any, value: Any) -> Any:
-        lane = ir.Constant(ir.IntType(32), 0)
-        first = builder.insert_element(ir.Constant(narrow, ir.Undefined), value, lane)
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
-        return builder.shuffle_vector(first, first, zeros)
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sums, table, index, value = (
-            context.make_array(kind)(context, builder, arg)
-            for kind, arg in zip(signature.args[2:], args[2:], strict=True)
-        )
-        place = builder.bitcast(sums.data, wide.as_pointer())
-        total = cgutils.alloca_once_value(builder, builder.load(place, align=4))
-        with cgutils.for_range(builder, index.nitems) as loop:
-            j, kind = loop.index, loop.index.type
-            column = builder.zext(builder.load(builder.gep(index.data, [j])), kind)
-            start = builder.gep(table.data, [builder.mul(column, ir.Constant(kind, width))])
-            there = builder.load(builder.bitcast(start, narrow.as_pointer()), align=4)
-            here = spread(builder, builder.load(builder.gep(value.data, [j])))
-            if minimum:
-                less = builder.fcmp_ordered("<", here, there)
-                term = widened(builder, builder.select(less, here, there))
-            else:
-                term = builder.fmul(widened(builder, here), widened(builder, there))
-            builder.store(builder.fadd(builder.load(total), term), total)
-        builder.store(builder.load(total), place, align=4)
-        return context.get_dummy_value()
-
-    return emit
-
-
-def _type_row(typing_context, width, measure, sums, table, index, value):  # noqa: ANN001, ANN202
-    """sums[q] += sum_j f(value[j], table[index[j], q]) for q < width; the first two are constants.
-
-    ``index`` is uint32 and below the length of the table; all arrays are contiguous. The additions
-    are in the type of ``sums``.
-    """
-    signature = types.void(width, measure, sums, table, index, value)
-    is_minimum, is_double = measure.literal_value == MINIMUM, sums.dtype == types.float64
-    return signature, _emit_row(width.literal_value, is_minimum, is_double)
-
-
-_add_row: Any = intrinsic(prefer_literal=True)(_type_row)
-
-
-def _type_clamped(typing_context, index, last):  # noqa: ANN001, ANN202
-    """min(index, last) as 32 bits, where a negative index counts as a huge one."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        smaller = builder.select(builder.icmp_unsigned("<", *args), *args)
-        is_wide = signature.args[0].bitwidth > 32
-        return builder.trunc(smaller, ir.IntType(32)) if is_wide else smaller
-
-    return types.int32(index, index), emit
-
-
-def _type_pick(typing_context, array, place):  # noqa: ANN001, ANN202
-    """array[place] without a look for negative places, so that it becomes a 32-bit gather."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.load(builder.gep(data, [builder.sext(args[1], ir.IntType(64))]))
-
-    return array.dtype(array, types.int32), emit
-
-
-_clamped: Any = intrinsic(_type_clamped)
-_pick: Any = intrinsic(_type_pick)
-
-MINIMUM, PRODUCT = 0, 1  # what is summed
 BAD_INDEX, BAD_ORDER, BAD_VALUE = 1, 2, 4  # bits of what a loop found wrong
 
 
@@ -199,9 +73,9 @@ def one_vector(measure: int) -> Any:
 
 @jit(fastmath=REORDER)
 def _term(measure, a, b):  # noqa: ANN001, ANN202
-    if measure == MINIMUM:
-        return np.float64(a if a < b else b)
-    return np.float64(a) * np.float64(b)
+    if measure == PRODUCT:
+        return np.float64(a) * np.float64(b)
+    return np.float64(a if a < b else b)
 
 
 @jit(fastmath=REORDER)

@@ -112,8 +112,9 @@ def _compiled_sums(
     weights: Float[np.ndarray, "d_sae"] | None,
 ) -> Iterator[Sums]:
     from sae_apps.selection import compiled
+    from sae_apps.selection.jit import MINIMUM, PRODUCT
 
-    code = compiled.MINIMUM if measure == "minimum" else compiled.PRODUCT
+    code = MINIMUM if measure == "minimum" else PRODUCT
     blocks = row_blocks(acts.indptr, TASK_NONZEROS)
     for columns, width in _column_blocks(len(vectors)):
         table = table_of(vectors[columns], width)

@@ -57,6 +57,7 @@ def _compiled(
     weights: Float[np.ndarray, "d_sae"] | None,
 ) -> Iterator[Lists]:
     from sae_apps.selection import compiled
+    from sae_apps.selection.jit import MINIMUM, PRODUCT
 
     n_queries, n_threads = shape_of(queries)[0], kernels.threads()
     width = next((w for w in WIDTHS if w >= n_queries), WIDTHS[-1])
@@ -65,7 +66,7 @@ def _compiled(
     n_stripes = 1 if len(blocks) >= 2 * n_threads else -(-2 * n_threads // max(1, len(blocks)))
     stripes = kernels.row_blocks(acts.indptr, max(1, -(-int(acts.indptr[-1]) // n_stripes)))
     code = METRICS.index(metric)
-    measure = compiled.MINIMUM if metric == "jaccard" else compiled.PRODUCT
+    measure = MINIMUM if metric == "jaccard" else PRODUCT
     loop = compiled.nearest_rows(measure, width)
 
     def work(task: tuple[slice, tuple[int, int]]) -> Lists:
