@@ -188,4 +188,8 @@ def _placed(
     coo = (data[kept], (row[kept], acts.indices[kept]))
     placed = sparse.csr_array(coo, shape=(n_rows, shape_of(acts)[1]))
     placed.sort_indices()
+    # scipy keeps the 64-bit places it is given: a third of the bytes that every reader then moves
+    if max(placed.nnz, *shape_of(placed)) <= np.iinfo(np.int32).max:
+        placed.indices = placed.indices.astype(np.int32)
+        placed.indptr = placed.indptr.astype(np.int32)
     return placed

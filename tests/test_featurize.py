@@ -102,6 +102,8 @@ def test_two_poolers_merge_to_one_that_saw_everything() -> None:
     first.update(codes_of(dense[:15]), row_id[:15], position[:15])
     second.update(codes_of(dense[15:]), row_id[15:], position[15:])
     second.merge(first)
+    acts, _ = one.compute(np.arange(5))
+    assert acts.indices.dtype == acts.indptr.dtype == np.int32
     for left, right in zip(one.compute(np.arange(5)), second.compute(np.arange(5)), strict=True):
         left, right = (a.toarray() if sparse.issparse(a) else a for a in (left, right))
         np.testing.assert_allclose(left, right, rtol=1e-6)
