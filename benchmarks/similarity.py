@@ -266,7 +266,7 @@ def _scale_row(source: Source, n: int, m: int, n_timed: int, place: Path) -> dic
     nearest(source.shard(0, 500), targets[:n_timed], K)
     index = SparseIndex.build(source.shards(n), folder=place)
     # A build reads, checks and writes the rows as well; this is what the codes alone take.
-    again = Codes(index.codes.encoder, _emptied(index.codes.index))
+    again = index.codes.emptied()
     first = index.parts[0].matrix(index.d_sae)
     with clock() as encode:
         again.encode(first)
@@ -291,15 +291,6 @@ def _scale_row(source: Source, n: int, m: int, n_timed: int, place: Path) -> dic
         j_10=float(np.median(bars)), nonzeros=sum(len(p.data) for p in index.parts) / n,
         peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     )  # fmt: skip
-
-
-def _emptied(index: Any) -> Any:
-    """The trained FAISS index without its rows."""
-    import faiss
-
-    copy = faiss.clone_index(index)
-    copy.reset()
-    return copy
 
 
 def exact_bars(index: SparseIndex, targets: sparse.csr_array) -> tuple[np.ndarray, Clock]:

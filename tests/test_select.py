@@ -643,13 +643,15 @@ def test_prototypes_are_means_by_group_whatever_the_shards() -> None:
         make_prototypes(parts, "all")
 
 
-@pytest.mark.parametrize("metric", ["presence", "jaccard"])
+@pytest.mark.parametrize("metric", ["presence", "presence_plain", "jaccard"])
 def test_nearest_is_the_mean_of_the_three_best_scores(metric: str) -> None:
     codes, aims = random_codes(3, 50), random_codes(4, 6)
     config = SelectConfig(metric=metric)
     got = select(features(codes), features(aims), budget=5, config=config)
-    if metric == "presence":
-        acts, background = features(codes).acts, presence.background_of([features(codes).acts])
+    if metric != "jaccard":
+        acts, most = features(codes).acts, {"presence_plain": 0}.get(metric)
+        background = presence.background_of([acts], components=most)
+        assert (len(background.axes) > 0) == (metric == "presence")
         scores = presence.score(acts, presence.presence(features(aims).acts).toarray(), background)
     else:
         scores = similarity.score(features(codes).acts, aims.astype(np.float32))

@@ -99,6 +99,12 @@ class Codes:
             ) from error
         return cls(encoder, index)
 
+    def emptied(self) -> "Codes":
+        """The same encoder and quantisers without rows."""
+        index = require("faiss", "cpu").clone_index(self.index)
+        index.reset()
+        return Codes(self.encoder, index)
+
     @property
     def n_rows(self) -> int:
         return int(self.index.ntotal)

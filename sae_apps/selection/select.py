@@ -30,7 +30,7 @@ from sae_apps.selection.inputs import (
 )
 from sae_apps.selection.instructions import InstructionSource
 from sae_apps.selection.pool import PoolFeatures
-from sae_apps.selection.presence import background_of, presence
+from sae_apps.selection.presence import Background, background_of, presence
 from sae_apps.selection.prototypes import GROUPINGS, make_prototypes
 from sae_apps.selection.ranking import (
     NEAREST,
@@ -45,7 +45,8 @@ from sae_apps.selection.result import SelectionResult
 from sae_core.errors import UserError
 from sae_core.provenance import package_versions
 
-MEASURES = (*similarity.METRICS, "presence")
+PRESENCE = ("presence", "presence_plain")
+MEASURES = (*similarity.METRICS, *PRESENCE)
 WEIGHTS = ("none", "idf")
 PRESETS = ("recommended", "mona")
 
@@ -55,8 +56,8 @@ class SelectConfig:
     """How rows are scored and picked."""
 
     metric: str = "presence"
-    """presence (see presence.py), jaccard (generalised; published), cosine, or l2 (minus the
-    Euclidean distance)."""
+    """presence (see presence.py; presence_plain: nothing damped), jaccard (generalised; published),
+    cosine, or l2 (minus the Euclidean distance)."""
     weights: str = "none"
     """idf: both sides are multiplied by log((N + 1) / (df + 1)) over the N rows of the pool."""
     prototypes: str = "each"
@@ -97,9 +98,9 @@ class SelectConfig:
                 "Expected the strategy 'topk' with prototypes 'one' and another with several, got "
                 f"{self.strategy!r} with {self.prototypes!r}."
             )
-        if self.metric == "presence" and self.weights != "none":
+        if self.metric in PRESENCE and self.weights != "none":
             raise UserError(
-                f"Expected weights 'none' with metric 'presence', got {self.weights!r}."
+                f"Expected weights 'none' with metric {self.metric!r}, got {self.weights!r}."
             )
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise UserError(f"Expected near_duplicates in (0, 1], got {self.near_duplicates}.")
@@ -239,15 +240,20 @@ def _selected(
     )
 
 
+def _background(pool: PoolFeatures, config: SelectConfig) -> Background:
+    most = 0 if config.metric == "presence_plain" else None
+    return background_of((shard.acts for shard in pool), components=most)
+
+
 def make_measure(pool: PoolFeatures, targets: PoolFeatures, config: SelectConfig) -> Measure:
     """Prototypes of the targets, and what the measure takes from the pool."""
-    is_presence = config.metric == "presence"
+    is_presence = config.metric in PRESENCE
     shards = (replace(one, acts=presence(one.acts)) for one in targets) if is_presence else targets
     return Measure(
         make_prototypes(shards, config.prototypes),
         config.metric,
         idf_weights(pool) if config.weights == "idf" else None,
-        background_of(shard.acts for shard in pool) if is_presence else None,
+        _background(pool, config) if is_presence else None,
         NEAREST if config.strategy == "nearest" else 1,
     )
 
