@@ -174,6 +174,31 @@ def selection_fresh(result: Result) -> str:
     return selection(result, "reduced-fresh")
 
 
+def finetune(result: Result) -> str:
+    """Held-out loss after training on the picks, a target a column; hits among the picks."""
+    cells = {(r["method"], r["target"]): r for r in result["rows"] if r["kind"] == "loss"}
+    differences = {
+        (r["other"], r["target"]): r for r in result["rows"] if r["kind"] == "difference"
+    }
+
+    def one(method: str, target: str) -> str:
+        row = cells[method, target]
+        text = f"{row['loss']:.3f}"
+        if method != "untrained":
+            text += f", {row['hits']:.0%} hits"
+        if gap := differences.get((method, target)):
+            text += (
+                f"; ours {gap['difference']:+.3f} [{gap['rows_low']:+.3f}, {gap['rows_high']:+.3f}]"
+            )
+        return text
+
+    methods, targets = (dict.fromkeys(pair[i] for pair in cells) for i in (0, 1))
+    return table([
+        {"picks": method} | {target: one(method, target) for target in targets}
+        for method in methods
+    ])  # fmt: skip
+
+
 def goals(result: Result) -> str:
     """Every goal of a suite, kept or not."""
     return table([
@@ -199,6 +224,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "selection": ("selection", selection),
     "selection_fresh": ("selection", selection_fresh),
     "selection_goals": ("selection", goals),
+    "finetune": ("finetune", finetune),
+    "finetune_goals": ("finetune", goals),
     "throughput": ("throughput", throughput),
     "throughput_goals": ("throughput", goals),
 }

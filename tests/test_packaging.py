@@ -102,7 +102,7 @@ def test_the_wheel_holds_every_file_of_its_packages_and_nothing_else(wheel: Path
 def test_the_metadata_names_the_extras_the_licence_and_the_command(wheel: Path):
     headers = Parser().parsestr(metadata_of(wheel, "METADATA"))
     extras = set(headers.get_all("Provides-Extra", []))
-    assert extras == {"cpu", "gpu", "geo", "report", "plots", "ray", "dev"}
+    assert extras == {"cpu", "gpu", "geo", "report", "plots", "ray", "rivals", "dev"}
     assert headers["Name"] == "sae-apps"
     assert headers["Requires-Python"] == ">=3.11"
     assert headers["License-Expression"] == "MIT"
