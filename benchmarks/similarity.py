@@ -61,12 +61,13 @@ SEARCHES: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
     ("kernel", 512, "SQ8", {}),
     ("kernel", 256, "PQ128x4fs", {}),
     ("kernel", 256, "PQ128x4fs,Refine(SQ8)", {}),
+    ("kernel", 448, "PQ112x4fs,Refine(SQ8)", {}),
     ("kernel", 256, "IVF128,SQ8", {}),
 )
 FULL_ONLY: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
     ("minhash", 4096, "BHNSW32", {}),
     ("kernel", 256, "HNSW32,SQ8", {}),
-    ("kernel", 256, "PQ128x4fs,Refine(SQ8)", {"fit_rows": 8192}),
+    ("kernel", 448, "PQ112x4fs,Refine(SQ8)", {"fit_rows": 8192}),
 )
 
 

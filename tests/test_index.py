@@ -131,8 +131,10 @@ def test_embedding_is_the_formula(rows: sparse.csr_array) -> None:
     # svd with all directions and a rotation keeps every inner product of the sample
     few = fit_projection(rows[:30], 30, "svd", generator=np.random.default_rng(1)).embed(rows[:30])
     assert np.abs(few @ few.T - unit[:30] @ unit[:30].T).max() < 1e-4
-    # ... and spreads the variance: no dimension holds more than a few times its share
-    assert (projection.embed(rows) ** 2).mean(0).max() < 8 * (projection.embed(rows) ** 2).mean()
+    # ... and mixes the directions: without it the second moments of the sample would be diagonal
+    moments = np.abs(few.T @ few)
+    mixed = moments[~np.eye(30, dtype=bool)]
+    assert mixed.max() > 0.05 * moments.max()
 
 
 @pytest.mark.parametrize("power", [0.3, 0.5, 0.75, 1.0])
@@ -233,14 +235,14 @@ def test_saved_index_answers_alike(
 
 def test_fine_codes_are_the_default_of_large_samples() -> None:
     rng = np.random.default_rng(0)
-    dense = rng.random((1100, 300), dtype=np.float32) * (rng.random((1100, 300)) < 0.3)
+    dense = rng.random((1100, 500), dtype=np.float32) * (rng.random((1100, 500)) < 0.3)
     rows = sparse.csr_array(dense.astype(np.float32))
     codes = Codes.fit(rows, IndexConfig())
     codes.add(rows)
     assert isinstance(faiss.downcast_index(codes.index), faiss.IndexRefine)
     assert codes.n_rows == 1100
-    # 64 + 256 bytes a row, padded to blocks of 32 rows, and tables that do not grow with the rows
-    assert 320 <= codes.bytes_per_row < 700
+    # 56 + 448 bytes a row, padded to blocks of 32 rows, and tables that do not grow with the rows
+    assert 504 <= codes.bytes_per_row < 700
     found = codes.candidates(rows[:50], 10, IndexConfig())
     assert (found == np.arange(50)[:, None]).any(axis=1).mean() > 0.95
 

@@ -22,8 +22,8 @@ from sae_core.extras import require
 from sae_core.features import shape_of
 
 METHODS = (*PROJECTIONS, "minhash")
-FINE = "PQ128x4fs,Refine(SQ8)"  # 64 bytes scanned, 256 to refine the best of the scan
-_FINE_DIMS, _FINE_ROWS = 256, 1024  # of the sample; below, codes of 4 bits cannot be trained
+FINE = "PQ112x4fs,Refine(SQ8)"  # 56 bytes scanned, 448 to refine the best of the scan
+_FINE_DIMS, _FINE_ROWS = 448, 1024  # of the sample; below, codes of 4 bits cannot be trained
 _SEARCH_BLOCK = 4096
 
 
@@ -34,12 +34,12 @@ class IndexConfig:
     method: str = "kernel"
     """kernel, svd, random (inner products, see ``projection``) or minhash (bits, ``sketch``)."""
     dims: int | None = None
-    """Dimensions, or bits of minhash. None: 256 or as many as the sample allows; 4,096 bits."""
+    """Dimensions, or bits of minhash. None: 448 or as many as the sample allows; 4,096 bits."""
     factory: str | None = None
     """FAISS factory string, e.g. ``Flat``, ``IVF1024,SQ8``, ``HNSW32``; for minhash ``BFlat``,
-    ``BIVF1024``, ``BHNSW32``. None: PQ128x4fs,Refine(SQ8), 320 bytes a row, or Flat where the
+    ``BIVF1024``, ``BHNSW32``. None: PQ112x4fs,Refine(SQ8), 504 bytes a row, or Flat where the
     sample is too small for it; BFlat."""
-    oversample: int = 8
+    oversample: int = 4
     """With Refine: the scan hands over so many times the candidates."""
     effort: int | None = None
     """Cells visited with IVF, efSearch with HNSW; None: an eighth of the cells, and 256."""

@@ -141,8 +141,8 @@ class SparseIndex:
 
         Args:
             queries: [q, d_sae], canonical CSR in float32.
-            n_candidates: rows scored exactly for each query; None: 50 k, at least 500. More find
-                more of the true neighbours.
+            n_candidates: rows scored exactly for each query; None: 50 k, at least 1,000. More
+                find more of the true neighbours.
             recall_sample: queries whose exact neighbours are searched as well, for the recall;
                 each costs a pass over all rows. Drawn with the seed of the index.
         Raises:
@@ -155,7 +155,7 @@ class SparseIndex:
             raise UserError("Expected at least one query, got none.")
         if not 1 <= k <= n:
             raise UserError(f"Expected k between 1 and {n}, the rows of the index, got {k}.")
-        wanted = max(500, 50 * k) if n_candidates is None else n_candidates
+        wanted = max(1000, 50 * k) if n_candidates is None else n_candidates
         if wanted < k:
             raise UserError(f"Expected n_candidates of at least k = {k}, got {wanted}.")
         wanted = min(wanted, n)

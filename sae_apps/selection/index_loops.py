@@ -1,13 +1,14 @@
 """Compiled loops of the index: darts of a weighted min-hash, projections, scores of candidates.
 
-Like ``compiled`` this module needs numba (extra ``cpu``); the modules of the index import it inside
+Like ``compiled``, this module needs numba (extra ``cpu``); the modules of the index import it inside
 their functions. Rows are given as the three arrays of canonical CSR, checked before; threads are
 the caller's.
 """
 
 import numpy as np
 
-from sae_apps.selection.compiled import PRODUCT, REORDER, _add_row, jit
+from sae_apps.selection.jit import PRODUCT, REORDER, jit
+from sae_apps.selection.jit import add_row as _add_row
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # the constants of splitmix64 (Steele, Lea, Flood 2014)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
