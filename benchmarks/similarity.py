@@ -44,6 +44,7 @@ K = 10
 SHARD = 16_384
 CODES = {"reduced": (20_000, 128), "full": (50_000, 256)}  # rows, targets
 SCALE = {"reduced": (200_000, 1_000, 128), "full": (1_000_000, 10_000, 256)}  # ..., timed exactly
+FIT_ROWS = 4096  # of the part scale: more than the default, as a pool of that size deserves
 DEPTHS = (100, 200, 500, 1000)
 # method, dims or bits, factory, further settings
 SEARCHES: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("codes", "scale"), help="one part, into the last result")
     parser.add_argument("--rows", type=int, help="of the part scale")
     parser.add_argument("--targets", type=int, help="of the part scale")
+    parser.add_argument("--candidates", type=int, help="of the part scale; default: the index's")
     parser.add_argument("--folder", help="where the index of the part scale is made and removed")
     args = parser.parse_args()
     started = time.time()
@@ -87,7 +89,8 @@ def main() -> None:
         rows += code_rows(source, args.size)
     if args.part != "codes":
         n, m, timed = SCALE[args.size]
-        rows += scale_rows(source, args.rows or n, args.targets or m, timed, args.folder)
+        scale = Scale(args.rows or n, args.targets or m, timed, args.candidates)
+        rows += scale_rows(source, scale, args.folder)
     write_result("similarity", rows, goals, started, merge=args.part is not None)
 
 
@@ -300,6 +303,7 @@ def exact_bars(index: SparseIndex, targets: sparse.csr_array) -> tuple[np.ndarra
     with clock() as taken:
         for part in index.parts:
             scores = nearest(part.matrix(index.d_sae), targets, K).score
+            part.forget()
             best = np.sort(np.concatenate([best, scores], axis=1), axis=1)[:, -K:]
     return best[:, 0], taken
 

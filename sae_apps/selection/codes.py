@@ -39,7 +39,7 @@ class IndexConfig:
     """FAISS factory string, e.g. ``Flat``, ``IVF1024,SQ8``, ``HNSW32``; for minhash ``BFlat``,
     ``BIVF1024``, ``BHNSW32``. None: PQ112x4fs,Refine(SQ8), 504 bytes a row, or Flat where the
     sample is too small for it; BFlat."""
-    oversample: int = 4
+    oversample: int = 3
     """With Refine: the scan hands over so many times the candidates."""
     effort: int | None = None
     """Cells visited with IVF, efSearch with HNSW; None: an eighth of the cells, and 256."""

@@ -107,6 +107,7 @@ class SparseIndex:
             codes = Codes.fit(fit_on, config)
             for part in parts:
                 codes.add(part.matrix(d_sae))
+                part.forget()
             row_ids = _distinct(np.concatenate(reader.row_ids))
             index = cls(config, codes, parts, row_ids, d_sae, reader.sae_hash)
             if temp is not None:
@@ -138,6 +139,8 @@ class SparseIndex:
         recall_sample: int = 0,
     ) -> SearchResult:
         """The k nearest rows of every query.
+
+        One pass over the rows serves some thousands of queries, so ask for many at once.
 
         Args:
             queries: [q, d_sae], canonical CSR in float32.

@@ -1,8 +1,8 @@
 """Compiled loops of the index: darts of a weighted min-hash, projections, scores of candidates.
 
-Like ``compiled``, this module needs numba (extra ``cpu``); the modules of the index import it inside
-their functions. Rows are given as the three arrays of canonical CSR, checked before; threads are
-the caller's.
+Like ``compiled``, this module needs numba (extra ``cpu``), so the modules of the index import it
+inside their functions. Rows are given as the three arrays of canonical CSR, checked before; threads
+are the caller's.
 """
 
 import numpy as np

@@ -4,6 +4,7 @@ The rows lie in parts, in memory or mapped from files, so that one part at a tim
 of a query is the share of its k results that score at least as much as the k-th best row of all.
 """
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,16 @@ class Part(NamedTuple):
         """Three files into a folder."""
         for name, array in zip(_ARRAYS, self, strict=True):
             np.save(folder / f"part-{number:05d}-{name}.npy", array)
+
+    def forget(self) -> None:
+        """Give mapped pages back; they are read again, mostly from the system's cache, when used.
+
+        Without this the resident memory of a pass grows to the size of all rows.
+        """
+        for array in self:
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     @classmethod
     def open(cls, folder: Path, number: int) -> "Part":
@@ -117,7 +128,7 @@ def exact_bar(parts: Sequence[Part], queries: sparse.csr_array, k: int) -> Float
     for start in range(0, n, _EXACT_QUERIES):
         dense = queries[start : start + _EXACT_QUERIES].toarray()
         top = np.full((len(dense), k), -1, dtype=np.float32)
-        for part in parts:
+        for _, part in _with_offsets(parts):
             found = score(part.matrix(d_sae), dense, "jaccard").T
             top = np.partition(np.concatenate([top, found], axis=1), -k, axis=1)[:, -k:]
         bars.append(top.min(axis=1))
@@ -153,7 +164,7 @@ def sample_rows(
     A part at a time is read: every row draws a key, and those with the smallest keys stay.
     """
     kept, keys = sparse.csr_array((0, d_sae), dtype=np.float32), np.empty(0)
-    for part in parts:
+    for _, part in _with_offsets(parts):
         new = generator.random(part.n_rows)
         few = np.sort(np.argsort(new)[:n])
         both = sparse.vstack([kept, part.matrix(d_sae)[few]], format="csr")
@@ -164,10 +175,12 @@ def sample_rows(
 
 
 def _with_offsets(parts: Iterable[Part]) -> Iterator[tuple[int, Part]]:
+    """Parts with their first rows, in one pass; each is forgotten behind it."""
     offset = 0
     for part in parts:
         yield offset, part
         offset += part.n_rows
+        part.forget()
 
 
 def n_rows_of(parts: Iterable[Part]) -> int:
