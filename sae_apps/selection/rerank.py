@@ -153,7 +153,8 @@ def recall_of(scores: Float32[np.ndarray, "q k"], bars: Float32[np.ndarray, "q"]
     z2 = float(normal.ppf(0.975)) ** 2
     centre = (p + z2 / (2 * size)) / (1 + z2 / size)
     half = np.sqrt(z2 * (p * (1 - p) / size + z2 / (4 * size**2))) / (1 + z2 / size)
-    return Recall(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n)
+    low, high = float(centre - half), float(centre + half)
+    return Recall(p, max(0.0, min(p, low)), min(1.0, max(p, high)), n)
 
 
 def sample_rows(
