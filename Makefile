@@ -42,6 +42,10 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 	$(BIN)/python -m benchmarks.agreement
 	$(BIN)/python -m benchmarks.reweighting --part planted
 	$(BIN)/python -m benchmarks.verdict
+	$(BIN)/python -m benchmarks.selection
+	$(BIN)/python -m benchmarks.selection --part fresh
+	$(BIN)/python -m benchmarks.similarity_exact
+	$(BIN)/python -m benchmarks.similarity
 
 figures: $(STAMP) ## draw results/figures from benchmarks/results
 	$(BIN)/python -m benchmarks.figures

@@ -199,6 +199,41 @@ def finetune(result: Result) -> str:
     ])  # fmt: skip
 
 
+def similarity_exact(result: Result) -> str:
+    """Exact scores of a million rows, beside reading as many bytes."""
+    return table([
+        {
+            "what": row["what"], "d_sae": row["d_sae"], "prototypes": row["p"],
+            "threads": row["threads"], "s for 1M rows": f"{row['seconds_1m_rows']:.2f}",
+            "ns a nonzero": f"{row['ns_per_nonzero']:.2f}", "GB/s": f"{row['gb_s']:.1f}",
+            "share of reading": f"{row['share_of_read']:.2f}",
+        }
+        for row in result["rows"]
+        if row["share_of_read"] is not None
+    ])  # fmt: skip
+
+
+def similarity(result: Result) -> str:
+    """Codes for FAISS over the same rows, and the default index at scale."""
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    return table([
+        {
+            "codes": row["name"], "rows": f"{row['rows']:,}",
+            "bytes a row": f"{row['bytes_a_row']:.0f}",
+            "recall of 10 in 100": share(row["recall_100"]), "in 1,000": share(row["recall_1000"]),
+            "after re-ranking": share(row["recall"]),
+            "rows/s a thread": f"{row['encode_rows_s_cpu']:,.0f}",
+            "ms a target": f"{row['search_ms']:.2f}",
+            "times faster than exact": "" if row["speedup"] is None else f"{row['speedup']:.1f}",
+        }
+        for row in result["rows"]
+        if row["bytes_a_row"] is not None
+    ])  # fmt: skip
+
+
 def goals(result: Result) -> str:
     """Every goal of a suite, kept or not."""
     return table([
@@ -226,6 +261,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "selection_goals": ("selection", goals),
     "finetune": ("finetune", finetune),
     "finetune_goals": ("finetune", goals),
+    "similarity_exact": ("similarity_exact", similarity_exact),
+    "similarity_exact_goals": ("similarity_exact", goals),
+    "similarity": ("similarity", similarity),
+    "similarity_goals": ("similarity", goals),
     "throughput": ("throughput", throughput),
     "throughput_goals": ("throughput", goals),
 }
