@@ -225,7 +225,7 @@ def similarity(result: Result) -> str:
             "bytes a row": f"{row['bytes_a_row']:.0f}",
             "recall of 10 in 100": share(row["recall_100"]), "in 1,000": share(row["recall_1000"]),
             "after re-ranking": share(row["recall"]),
-            "rows/s a thread": f"{row['encode_rows_s_cpu']:,.0f}",
+            "encoded rows/s": f"{row['encode_rows_s']:,.0f}",
             "ms a target": f"{row['search_ms']:.2f}",
             "times faster than exact": "" if row["speedup"] is None else f"{row['speedup']:.1f}",
         }
