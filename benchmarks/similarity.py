@@ -42,9 +42,10 @@ from sae_apps.selection.similarity import nearest
 from sae_core.features import shape_of
 
 K = 10
+GOAL_ROWS = 1_000_000
 SHARD = 16_384
 CODES = {"reduced": (20_000, 128), "full": (50_000, 256)}  # rows, targets
-SCALE = {"reduced": (200_000, 1_000, 128), "full": (1_000_000, 10_000, 256)}  # ..., timed exactly
+SCALE = {"reduced": (200_000, 1_000, 128), "full": (GOAL_ROWS, 10_000, 256)}  # ..., timed exactly
 FIT_ROWS = 4096  # of the part scale: more than the default, as a pool of that size deserves
 DEPTHS = (100, 200, 500, 1000)
 # method, dims or bits, factory, further settings
@@ -326,7 +327,8 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
         name = row["name"]
         checks: tuple[tuple[str, float, str, Callable[[float], bool], str], ...] = (
             ("speed-up over exact", row["speedup"], ">= 20", lambda v: v >= 20,
-             f"{row['speedup_cpu']:.1f} by processor time; exact timed on part of the targets"),
+             f"{row['speedup_cpu']:.1f} by processor time; the goal is for {GOAL_ROWS:,} rows; "
+             "exact timed on part of the targets"),
             ("recall after re-ranking", row["recall"], ">= 0.99", lambda v: v >= 0.99,
              f"95% interval from {row['recall_low']:.4f}"),
             ("bytes a row", row["bytes_a_row"], "<= 512", lambda v: v <= 512, ""),
