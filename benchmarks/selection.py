@@ -21,8 +21,8 @@ Mixtures (kind "mixture") take three examples of each member target and count hi
 prototype and one a group differ. They do not enter the averages, and BBH, T0, GSM8K and MBPP also
 stand alone (`r_bbh` ...), because 27 of the 41 targets are BBH tasks.
 
-The measures were chosen on these targets. The part "fresh" takes targets that had no part in the
-choice of presence, centring and nearest examples (they did in that of the whitening's strength).
+The measures were chosen on these targets. The part "fresh" takes others: they were looked at for
+the choice of presence over a fourth root and for the strength of the damping, not for other steps.
 The part "gradients" compares on a sub-pool, since a gradient costs several times a forward pass.
 
 results/selection.json holds a row per method, selection_targets.json one per method of the README
