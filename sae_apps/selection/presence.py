@@ -122,8 +122,9 @@ def _components(
         return np.empty((0, d_sae), dtype=np.float32), np.empty(0)
     wide = sparse.csr_matrix((b.data.astype(np.float64), b.indices, b.indptr), shape=b.shape)
     found = PCA(r, svd_solver="arpack", random_state=0).fit(wide)
-    spread = found.explained_variance_
-    return found.components_.astype(np.float32), spread / (spread + LAMBDA * variance / d_sae)
+    axes = np.asarray(found.components_, dtype=np.float32)
+    spread = np.asarray(found.explained_variance_, dtype=np.float64)
+    return axes, spread / (spread + LAMBDA * variance / d_sae)
 
 
 def directions(
