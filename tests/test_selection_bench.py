@@ -550,3 +550,14 @@ def test_the_sub_pool_keeps_hits_and_drops_mixtures(bench: Bench):
     hits = sum(aim.is_hit.sum() for aim in small.aims)
     assert hits == 40  # half of the pool, of 60 hits
     assert isinstance(small.aims[0], Aim) and set(small.data.pool) <= set(bench.data.pool)
+
+
+def test_codes_are_cut_to_the_largest_of_each_token():
+    from benchmarks.selection_layers import largest
+    from sae_core.kernels.codes import codes_where
+
+    dense = torch.tensor([[3.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 5.0]])
+    cut = largest(codes_where(dense > 0, dense), 2).to_dense()
+    wanted = [[3, 0, 0, 2], [0, 0, 0, 0], [1, 0, 0, 5]]
+    assert cut.tolist() == wanted
+    assert torch.equal(largest(codes_where(dense > 0, dense), 4).to_dense(), dense)
