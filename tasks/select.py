@@ -17,8 +17,8 @@ from .select_text import as_text, estimate, estimate_text
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+    from sae_apps.selection.config import SelectConfig
     from sae_apps.selection.embed import EmbedConfig
-    from sae_apps.selection.select import SelectConfig
 
 LOG = logging.getLogger(__name__)
 EXAMPLE = (
@@ -75,8 +75,8 @@ class EncodeOptions:
 
 def build_parser(method: str) -> CommandParser:
     """The parser with the defaults of a method."""
+    from sae_apps.selection.config import PRESETS, SelectConfig
     from sae_apps.selection.embed import EmbedConfig
-    from sae_apps.selection.select import PRESETS, SelectConfig
 
     groups = {"select": SelectConfig, "embed": EmbedConfig}
     short = {f.name: f"{key}.{f.name}" for key, cls in groups.items() for f in fields(cls)}
@@ -114,8 +114,8 @@ def build_parser(method: str) -> CommandParser:
 
 def preset(method: str) -> "tuple[SelectConfig, EmbedConfig]":
     """The settings of a method, those of the encoding apart."""
+    from sae_apps.selection.config import SelectConfig
     from sae_apps.selection.embed import EmbedConfig
-    from sae_apps.selection.select import SelectConfig
 
     config = SelectConfig.preset(method)
     return config, config.embed or EmbedConfig()
@@ -123,7 +123,7 @@ def preset(method: str) -> "tuple[SelectConfig, EmbedConfig]":
 
 def parse(argv: Sequence[str]) -> "Namespace":
     """The options. A method, also one in a configuration file, changes the defaults of others."""
-    from sae_apps.selection.select import PRESETS
+    from sae_apps.selection.config import PRESETS
 
     named = [arg.removeprefix("--method=") for arg in argv if arg.startswith("--method=")]
     named += [after for arg, after in zip(argv, argv[1:], strict=False) if arg == "--method"]
@@ -142,8 +142,8 @@ def open_output(chosen: SelectOptions) -> Output | None:
 
 
 def main(argv: Sequence[str]) -> int:
+    from sae_apps.selection.config import SelectConfig
     from sae_apps.selection.embed import EmbedConfig
-    from sae_apps.selection.select import SelectConfig
 
     options = parse(argv)
     chosen, encoding = take(SelectOptions, options), take(EncodeOptions, options)

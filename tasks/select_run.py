@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sae_apps.selection.budget import parse_budget
+from sae_apps.selection.config import SelectConfig
 from sae_apps.selection.embed import EmbedConfig, Encoder, load_encoder
 from sae_apps.selection.inputs import target_features
 from sae_apps.selection.instructions import InstructionSource, source_from_rows
 from sae_apps.selection.pool import FINISHED, PoolFeatures, write_pool
 from sae_apps.selection.prototypes import make_prototypes
-from sae_apps.selection.select import SelectConfig, select
+from sae_apps.selection.select import select
 from sae_apps.selection.tokens import top_tokens
 from sae_core.errors import UserError
 

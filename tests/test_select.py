@@ -24,12 +24,13 @@ from sae_apps.selection.budget import (
     parse_budget,
     quotas,
 )
+from sae_apps.selection.config import SelectConfig
 from sae_apps.selection.embed import EmbedConfig, Encoder, encode
 from sae_apps.selection.instructions import open_instructions
 from sae_apps.selection.pool import PoolFeatures, write_pool
 from sae_apps.selection.prototypes import make_prototypes
 from sae_apps.selection.result import SelectionResult, describe
-from sae_apps.selection.select import SelectConfig, select
+from sae_apps.selection.select import select
 from sae_apps.selection.spans import tokenise
 from sae_core.errors import UserError
 from sae_core.features import SparseFeatures

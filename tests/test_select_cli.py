@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae_apps.selection import inputs, pool
+from sae_apps.selection.config import SelectConfig
 from sae_apps.selection.embed import EmbedConfig
-from sae_apps.selection.select import SelectConfig, select
+from sae_apps.selection.select import select
 from sae_apps.tasks.common import Interrupted
 from sae_apps.tasks.main import main
 from sae_apps.tasks.progress import Progress

@@ -4,6 +4,7 @@ MONA (arXiv 2503.15573) exactly, and improvements that were measured one by one;
 that is exact and fast, a FAISS index for the rest, and the reasons for every pick.
 """
 
+from sae_apps.selection.config import SelectConfig
 from sae_apps.selection.contamination import contamination
 from sae_apps.selection.duplicates import exact_duplicates, near_duplicates
 from sae_apps.selection.embed import EmbedConfig, Encoder, encode, load_encoder
@@ -11,7 +12,7 @@ from sae_apps.selection.index import SparseIndex
 from sae_apps.selection.instructions import open_instructions
 from sae_apps.selection.pool import PoolFeatures, open_pool, write_pool
 from sae_apps.selection.result import SelectionResult, describe
-from sae_apps.selection.select import SelectConfig, select
+from sae_apps.selection.select import select
 from sae_apps.selection.similarity import explain, idf, nearest, score
 from sae_apps.selection.tokens import top_tokens
 
