@@ -62,17 +62,18 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def top_latents(result: "SelectionResult", n: int = SHOWN_LATENTS) -> list[tuple[int, float, int]]:
-    """(latent, its mean share of a pick's score, picks that name it), the largest share first.
+    """(latent, its mean share of the score of the picks that name it, number of these picks).
 
-    A pick counts with the latents that it names, see ``n_reasons``; the others of it count as 0.
+    The latents with the largest sum of shares over all picks, see ``n_reasons``, come first.
     """
     shares: dict[int, list[float]] = {}
     for row in result.reasons.to_pylist():
         for latent, share in zip(row["latents"], row["shares"], strict=True):
             shares.setdefault(latent, []).append(share)
-    mean = {latent: sum(found) / len(result) for latent, found in shares.items()}
-    best = sorted(mean, key=lambda latent: (-mean[latent], latent))[:n]
-    return [(latent, mean[latent], len(shares[latent])) for latent in best]
+    total = {latent: sum(found) for latent, found in shares.items()}
+    best = sorted(total, key=lambda latent: (-total[latent], latent))[:n]
+    counts = [len(shares[latent]) for latent in best]
+    return [(one, total[one] / count, count) for one, count in zip(best, counts, strict=True)]
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
@@ -118,7 +119,7 @@ def as_text(summary: Mapping[str, Any]) -> str:
             "groups  " + ", ".join(named[:SHOWN_GROUPS]) + (f" and {more} more" if more > 0 else "")
         )
     if summary["reasons"]:
-        lines.append("latents that make the picks similar, with their mean share of the score:")
+        lines.append("latents that make the picks similar, with their share of the score there:")
     for one in summary["reasons"]:
         words = ", ".join(repr(printable(token)) for token in one["tokens"])
         lines.append(

@@ -199,7 +199,7 @@ def test_summary_for_people_and_as_json(
     own = [pick["_sae_apps"]["reasons"] for pick in chosen(tmp_path / "picks.jsonl")]
     for one in found["reasons"]:
         shares = [r["share"] for reasons in own for r in reasons if r["latent"] == one["latent"]]
-        assert one["share"] == pytest.approx(sum(shares) / 8) and one["n_picks"] == len(shares)
+        assert one["share"] == pytest.approx(np.mean(shares)) and one["n_picks"] == len(shares)
         assert one["tokens"] and f"latent {one['latent']:>6}" in shown
     assert min(one["n_picks"] for one in found["reasons"]) < 8  # so that the divisor matters
     meta = json.loads((tmp_path / "picks.meta.json").read_text())
