@@ -530,6 +530,7 @@ def test_domain() -> None:
     assert domain([3, 1], floor=0) == (0, 3)
     assert domain([0, 3, 1], is_log=True) == (1, 3)
     assert domain([]) == (0, 1) and domain([4]) == (2, 6) and domain([0]) == (-0.5, 0.5)
+    assert domain([0, 0], floor=0) == (0, 1)  # a share that is always 0 has no negative axis
 
 
 # Sections

@@ -74,7 +74,10 @@ def log_ticks(lo: float, hi: float, n: int = 6) -> list[float]:
 def domain(
     values: Iterable[float | None], is_log: bool = False, floor: float | None = None
 ) -> tuple[float, float]:
-    """[lo, hi] of the values that can be drawn, down to ``floor`` where given; never empty."""
+    """[lo, hi] of the values that can be drawn, down to ``floor`` where given; never empty.
+
+    Values that all lie on the floor get the axis from there to twice it, from 0 to 1.
+    """
     usable = [v for v in map(finite, values) if v is not None and (v > 0 or not is_log)]
     if floor is not None and usable:
         usable.append(floor)
@@ -85,6 +88,8 @@ def domain(
         return lo, hi
     if is_log:
         return lo / 2, lo * 2
+    if floor is not None:  # nothing lies below it
+        return floor, floor + (abs(floor) or 1.0)
     pad = abs(lo) / 2 or 0.5
     return lo - pad, lo + pad
 
