@@ -41,6 +41,7 @@ def save_checkpoint(folder: Path | str, sae: SAE, state: TrainState, config: Tra
     folder = Path(folder)
     target = folder / f"step-{state.step:08d}"
     scalars = {"step": state.step, "tokens": state.tokens, "variance": state.variance}
+    scalars |= {"spread": state.spread}
     scalars |= {"l1": state.l1, "threshold": state.threshold}
     scalars |= {"firing_tokens": state.firing.n_tokens}
     meta = {"sae": asdict(sae.config), "train": asdict(config), "scalars": scalars}
@@ -116,7 +117,8 @@ def _read(path: Path, config: TrainConfig, device: torch.device | str) -> tuple[
     firing = FiringStats(sae.d_sae, device)
     firing.count, firing.peak = tensors["firing.count"], tensors["firing.peak"]
     firing.n_tokens = scalars.pop("firing_tokens")
-    state = TrainState(**scalars, firing=firing, optimizer=make_optimizer(sae, config))
+    state = TrainState(**scalars, firing=firing, optimizer=None)
+    state.optimizer = make_optimizer(sae, config, state.spread)
     state.group, state.taf = tensors["group"], tensors["taf"]
     state.tokens_since, state.demand = tensors["tokens_since"], tensors["demand"]
     if weights := _part(tensors, "weights."):

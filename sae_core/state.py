@@ -63,6 +63,7 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     variance: float = 1.0
+    spread: float = 1.0
     l1: float = 0.0
     threshold: float = 0.0
     group: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))

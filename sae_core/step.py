@@ -75,7 +75,8 @@ def gradient_step(
     total.backward()
     if dist.is_initialized():
         _average_gradients(state.optimizer)
-    state.optimizer.param_groups[0]["lr"] = lr
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
     state.optimizer.step()
     sae.project()
     if sae.config.kind == "jumprelu":

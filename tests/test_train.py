@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from sae_core import loss
+from sae_core import loss, start
 from sae_core.buffer import batches
 from sae_core.checkpoint import load_checkpoint, save_checkpoint
 from sae_core.errors import CorruptFileError, UserError
@@ -242,3 +242,30 @@ def test_the_gradient_step_never_touches_the_biases_of_gba():
     before, weights = sae.b_enc.clone(), sae.W_enc.clone()
     gradient_step(sae, sae.normalise(x)[0], state, config, 1e-2)
     assert torch.equal(before, sae.b_enc) and not torch.equal(weights, sae.W_enc)
+
+
+def hardly_varying(n: int = 60_000, spread: float = 0.005) -> torch.Tensor:
+    """Tokens that are almost all mean, as behind a massive dimension."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(128, 64, generator=generator), dim=1)
+    amount = torch.rand(n, 128, generator=generator)
+    amount *= torch.rand(n, 128, generator=generator) < 0.03
+    return torch.eye(64)[0] + spread * (amount @ directions)
+
+
+@pytest.mark.parametrize(("reference", "learns"), [(start.SPREAD, True), (1e-9, False)])
+def test_the_offsets_learn_slowly_where_tokens_hardly_vary(reference, learns, monkeypatch):
+    """With one rate for all, b_dec is thrown past the data and most of the run is lost."""
+    monkeypatch.setattr(start, "SPREAD", reference)
+    x, config = hardly_varying(), TrainConfig(steps=100, batch_size=512, lr=8e-3, init_tokens=512)
+    sae = SAE(SAEConfig(64, 256, k=8), generator=torch.Generator().manual_seed(0))
+    *_, last = train(sae, iter(x.split(512)), config)
+    assert (last.fvu < 0.2) is learns
+
+
+def test_offsets_keep_the_full_rate_where_tokens_vary():
+    sae = SAE(SAEConfig(8, 16, k=2, kind="topk"))
+    for spread, factor in ((start.SPREAD, 1.0), (1.0, 1.0), (start.SPREAD / 2, 0.25)):
+        groups = start.make_optimizer(sae, CONFIG, spread).param_groups
+        assert [group["factor"] for group in groups] == pytest.approx([1.0, factor])
+        assert {id(p) for p in groups[1]["params"]} == {id(sae.b_dec), id(sae.b_enc)}
