@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "show latents: how often they fire, and their top texts",
     "identify": "say which latents to rely on, and which conditions of the theory hold",
     "select": "pick the rows of a pool that are most like given targets, and say why",
+    "geo": "find the latents that know where places are, and map them",
     "doctor": "show what is installed, which devices there are, what is cached",
     "demo": "train, evaluate and show an SAE on the built-in text and model",
 }

