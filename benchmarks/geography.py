@@ -10,10 +10,13 @@ findings   the same with every control at the spots of the study: GBA and TopK l
            the ten best latents of each area with their places and what they do on ordinary text
 published  the label in the prompt and the BOS in the mean, as in arXiv 2505.03368, on its planar
            weights: how many pass, and how many of them vanish within labels
-probe      ridge from latents and from raw units to coordinates, spatially blocked
+probe      ridge from latents and from raw units to coordinates, spatially blocked; for raw units
+           random folds too, to show what they leak
 
-Vectors are kept in the cache folder. SAEs were trained on independent text (geography_saes);
-"262k" in a name says on how many tokens, where that is not all there are.
+Prompts and layers were compared on the four areas; ``--part findings --areas FR DE`` looks at two
+that took no part in that choice. Vectors are kept in the cache folder. SAEs were trained on
+independent text (geography_saes); "262k" in a name says on how many tokens, where that is not all
+there are.
 """
 
 import argparse
@@ -26,9 +29,10 @@ from typing import Any
 from benchmarks.common import Goal, write_result
 from benchmarks.geography_data import (
     AREAS,
+    FRESH,
     LABELLED,
     LIMITS,
-    PROMPTS,
+    PROMPT_NAMES,
     STUDIES,
     Lab,
     Spot,
@@ -37,6 +41,7 @@ from benchmarks.geography_data import (
     normalised,
     open_lab,
     planar,
+    prompt_of,
     residual,
     shuffled,
     units_of,
@@ -44,6 +49,7 @@ from benchmarks.geography_data import (
 from sae_apps.geospatial.controls import token_features
 from sae_apps.geospatial.coordinates import probe_coordinates
 from sae_apps.geospatial.places import Places
+from sae_apps.geospatial.prompts import ProbeConfig
 from sae_apps.geospatial.report import GeoReport, Nulls, geo_report
 from sae_apps.tasks.text import open_text
 from sae_core.exemplars import LatentExemplars, exemplars
@@ -55,6 +61,10 @@ PARTS = ("layers", "findings", "published", "probe")
 NULLS = Nulls(permutations_screened=1999)
 TEXT_ROWS = {"reduced": 200, "full": 2000}
 N_BEST, N_TEXTS, AROUND = 10, 3, 6
+OF_BEST = (
+    "feature", "n_active", "I", "I_after", "I_beyond", "verdict", "label", "label_share",
+    "label_base",
+)  # fmt: skip
 CONTEXT = 128
 LOG = logging.getLogger(__name__)
 
@@ -77,7 +87,7 @@ def layer_rows(lab: Lab, areas: Sequence[str], prompts: Sequence[str]) -> Iterat
     for area in areas:
         places, w = lab.area(area)
         for prompt in prompts:
-            config = PROMPTS[prompt]
+            config = prompt_of(prompt, area)
             units = units_of(lab, lab.lm, places, config, [residual(n) for n in layers])
             codes = codes_of(lab, places, config, layers.values())
             for n, name in layers.items():
@@ -95,7 +105,8 @@ def finding_rows(lab: Lab, areas: Sequence[str]) -> Iterator[dict[str, Any]]:
             facts = {
                 "model": lab.model, "area": area, "prompt": at.prompt, "layer": at.layer,
             }  # fmt: skip
-            features, baselines = finding_sets(lab, places, at)
+            config = prompt_of(at.prompt, area)
+            features, baselines = finding_sets(lab, places, at, config)
             report = geo_report(
                 features, places, w, baselines=baselines, nulls=NULLS, n_leading=N_BEST
             )
@@ -103,9 +114,11 @@ def finding_rows(lab: Lab, areas: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield from _logged(best_rows(lab, report, at, facts), "findings")
 
 
-def finding_sets(lab: Lab, places: Places, at: Spot) -> tuple[SparseFeatures, dict[str, Any]]:
+def finding_sets(
+    lab: Lab, places: Places, at: Spot, config: ProbeConfig
+) -> tuple[SparseFeatures, dict[str, Any]]:
     """Latents of the first SAE, and what they are compared with."""
-    config, mine = PROMPTS[at.prompt], at.saes[0]
+    mine = at.saes[0]
     hooks = [residual(at.layer), neurons(at.layer)]
     units = units_of(lab, lab.lm, places, config, hooks)
     random = units_of(lab, lab.random, places, config, hooks)
@@ -136,8 +149,7 @@ def best_rows(
         rows.append(
             {
                 "name": name, "part": "", **facts, "set": f"best {rank}",
-                **{k: row[k] for k in ("feature", "n_active", "I", "I_after", "verdict", "label",
-                                       "label_share", "label_base")},
+                **{key: row[key] for key in OF_BEST},
                 "top_places": "; ".join(row["top_places"]),
                 "text_freq_rows": text.freq_rows,
                 "text": " ⏐ ".join(_excerpt(one.tokens, one.acts) for one in text.texts),
@@ -201,8 +213,10 @@ def probe_rows(lab: Lab, areas: Sequence[str]) -> Iterator[dict[str, Any]]:
     for area in areas:
         places, _ = lab.area(area)
         for at in lab.study.main[area]:
-            for what, values in coordinate_sets(lab, places, at).items():
-                for blocked in (True, False):
+            for what, values in coordinate_sets(
+                lab, places, at, prompt_of(at.prompt, area)
+            ).items():
+                for blocked in (True, False) if what == "units" else (True,):
                     begin = time.perf_counter()
                     found = probe_coordinates(values, places, blocks=None if blocked else "random")
                     facts = {
@@ -219,11 +233,11 @@ def probe_rows(lab: Lab, areas: Sequence[str]) -> Iterator[dict[str, Any]]:
                     yield from _logged([row], "probe")
 
 
-def coordinate_sets(lab: Lab, places: Places, at: Spot) -> dict[str, Any]:
+def coordinate_sets(lab: Lab, places: Places, at: Spot, config: ProbeConfig) -> dict[str, Any]:
     """What coordinates are read from."""
-    config, hook = PROMPTS[at.prompt], residual(at.layer)
+    hook = residual(at.layer)
     return {
-        **codes_of(lab, places, config, at.saes),
+        **codes_of(lab, places, config, at.saes[:1]),
         "units": units_of(lab, lab.lm, places, config, [hook])[hook],
         "units, untrained": units_of(lab, lab.random, places, config, [hook])[hook],
         "tokens of the name": token_features(lab.lm, places, config),
@@ -268,8 +282,8 @@ def main() -> None:
     parser.add_argument("--size", choices=LIMITS, default="reduced")
     parser.add_argument("--model", choices=STUDIES, default="smollm2")
     parser.add_argument("--part", choices=PARTS, nargs="*", default=list(PARTS))
-    parser.add_argument("--areas", choices=AREAS, nargs="*", default=list(AREAS))
-    parser.add_argument("--prompts", choices=PROMPTS, nargs="*", default=list(PROMPTS))
+    parser.add_argument("--areas", choices=(*AREAS, *FRESH), nargs="*", default=list(AREAS))
+    parser.add_argument("--prompts", choices=PROMPT_NAMES, nargs="*", default=list(PROMPT_NAMES))
     parser.add_argument("--limit", type=int, help="at most so many places an area")
     parser.add_argument("--dry", action="store_true", help="print, write no result")
     args = parser.parse_args()
@@ -282,9 +296,9 @@ def main() -> None:
         "probe": lambda: probe_rows(lab, args.areas),
     }
     rows = [row for part in args.part for row in parts[part]()]
-    is_part = args.model != "smollm2" or args.part != list(PARTS) or args.areas != list(AREAS)
+    is_part = args.part != list(PARTS) or args.areas != list(AREAS)
     if not args.dry:
-        write_result("geography", rows, goals, started, merge=is_part)
+        write_result(f"geography_{args.model}", rows, goals, started, merge=is_part)
     else:
         for goal in goals(rows):
             LOG.info("%s", goal)

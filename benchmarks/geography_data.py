@@ -33,17 +33,33 @@ from sae_core.provenance import Provenance, package_versions
 from sae_core.sae import SAE
 
 AREAS = ("world", "GB", "IT", "US:NY+NJ+CT+PA")
+FRESH = ("FR", "DE")  # looked at once, with what was chosen on AREAS; their largest places
 LIMITS = {"reduced": 1500, "full": None}
+FRESH_LIMIT = 3000
 # where the careful procedure looks; the first is the default of the rest
 PROMPTS = {
     "name": ProbeConfig("The city of {name}"),
     "name, mean": ProbeConfig("The city of {name}", pooling="mean"),
-    "next": ProbeConfig("The city of {name} is located in", tokens="all"),
+    "next": PRESETS["question"],
 }
+ASKED = {  # "ask": the question whose answer would be the label, read at its end
+    "world": "The city of {name} is in the country of",
+    "GB": "The British town of {name} is in the county of",
+    "IT": "The Italian town of {name} is in the region of",
+    "US:NY+NJ+CT+PA": "The American town of {name} is in the state of",
+    "FR": "The French town of {name} is in the region of",
+    "DE": "The German town of {name} is in the state of",
+}
+PROMPT_NAMES = (*PROMPTS, "ask")
 LABELLED = {
     "published": PRESETS["published"],
     "label": ProbeConfig("{name}, {label}", "all", "mean", bos=True),
 }
+
+
+def prompt_of(name: str, area: str) -> ProbeConfig:
+    """The settings of a prompt, of which "ask" depends on the area."""
+    return ProbeConfig(ASKED[area], tokens="all") if name == "ask" else PROMPTS[name]
 
 
 class Spot(NamedTuple):
@@ -69,18 +85,18 @@ class Study:
     """The norm before the MLP, whose output the published study read."""
 
 
-_WITHIN = (Spot(15, "name", ("gba-15", "topk-15")), Spot(28, "next", ("gba-28 262k",)))
-_GEMMA = (Spot(13, "name", ("gba-13",)), Spot(15, "next", ("gba-15", "topk-15")))
+_SMOLLM2 = (Spot(15, "name", ("gba-15", "topk-15")), Spot(28, "ask", ("gba-28 262k",)))
+_GEMMA = (Spot(15, "name", ("gba-15", "topk-15")), Spot(15, "ask", ("gba-15", "topk-15")))
 STUDIES = {
     "smollm2": Study(
         {n: f"gba-{n} 262k" for n in LAYERS},
-        {"world": _WITHIN[::-1], **dict.fromkeys(AREAS[1:], _WITHIN)},
+        dict.fromkeys((*AREAS, *FRESH), _SMOLLM2),
         (7, 15, 29),
         "post_attention_layernorm",
     ),
     "gemma": Study(
         {n: f"gba-{n}" for n in GEMMA_LAYERS},
-        {"world": _GEMMA[::-1], **dict.fromkeys(AREAS[1:], _GEMMA)},
+        dict.fromkeys((*AREAS, *FRESH), _GEMMA),
         (4, 8, 17),
         "pre_feedforward_layernorm",
     ),
@@ -129,7 +145,8 @@ class Lab:
     def area(self, name: str) -> tuple[Places, SpatialWeights]:
         """Places with eight neighbours on the sphere."""
         if name not in self._areas:
-            places = load_places(name, limit=self.limit)
+            limit = self.limit or (FRESH_LIMIT if name in FRESH else None)
+            places = load_places(name, limit=limit)
             self._areas[name] = places, spatial_weights(places, k=8)
         return self._areas[name]
 
