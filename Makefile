@@ -46,6 +46,8 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 	$(BIN)/python -m benchmarks.selection --part fresh
 	$(BIN)/python -m benchmarks.similarity_exact
 	$(BIN)/python -m benchmarks.similarity
+	$(BIN)/python -m benchmarks.moran
+	$(BIN)/python -m benchmarks.geography --part findings --areas world GB
 
 figures: $(STAMP) ## draw results/figures from benchmarks/results
 	$(BIN)/python -m benchmarks.figures

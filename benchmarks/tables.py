@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, cell, table
+from benchmarks.geography_table import GEOGRAPHY
 from benchmarks.recovery import BASELINES, chosen
 from benchmarks.selection_table import SELECTIONS
 from sae_core.store import atomic_write_text
@@ -267,6 +268,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "similarity_goals": ("similarity", goals),
     "throughput": ("throughput", throughput),
     "throughput_goals": ("throughput", goals),
+    "geography_goals_gemma": ("geography_gemma", goals),
+    "geography_goals_smollm2": ("geography_smollm2", goals),
+    "moran_goals": ("moran", goals),
+    **GEOGRAPHY,
 }
 
 

@@ -107,10 +107,12 @@ def _feature(
 
 
 def _facts(plan: "Plan", summary: Mapping[str, Any]) -> dict[str, str]:
+    from .geo_run import local_permutations
+
     test, nulls = plan.asked.test, summary["how"]["nulls"]
     local = (
-        f"Local Moran's I, {test.permutations:,} conditional permutations, {test.local_alternative}"
-        f", level {test.local_alpha:g}, correction "
+        f"Local Moran's I, {local_permutations(test):,} conditional permutations, "
+        f"{test.local_alternative}, level {test.local_alpha:g}, correction "
         f"{'none' if test.p_adjust == 'none' else 'over the places of a latent'}"
     )
     return {

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from sae_apps.geospatial.moran_table import MoranTable
     from sae_apps.geospatial.report_result import GeoReport
 
+    from .geo import MoranOptions
+
 LOG = logging.getLogger(__name__)
 PART = 512  # places between two reports of progress
 
@@ -154,7 +156,7 @@ def analyse(
         local = moran_local(
             values_of(features, leading),
             plan.weights,
-            permutations=test.permutations,
+            permutations=local_permutations(test),
             alternative=test.local_alternative,
             p_adjust=rate,
             alpha=test.local_alpha,
@@ -163,6 +165,11 @@ def analyse(
             names=[f"latent {latent}" for latent in leading],
         )
     return Result(table, report, leading, local)
+
+
+def local_permutations(test: "MoranOptions") -> int:
+    """Ten times as many where places are corrected for: a two-sided p is at least 2 / (B + 1)."""
+    return test.permutations if test.p_adjust == "none" else 10 * test.permutations + 9
 
 
 def values_of(features: SparseFeatures, latents: Sequence[int]) -> Float[np.ndarray, "n f"]:

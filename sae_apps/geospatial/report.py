@@ -148,7 +148,7 @@ def _tested(
         passes[f"survives_{kind}"] = np.logical_and.reduce(every)
     columns |= {f"passes_{name}": values for name, values in passes.items()}
     table = pa.table({name: _nulls(values) for name, values in columns.items()})
-    return table.append_column("verdict", pa.array(verdict(table), pa.string())), how
+    return table.append_column("verdict", pa.array(verdict(table, nulls.alpha), pa.string())), how
 
 
 def _nulls(values: Any) -> Any:

@@ -54,9 +54,12 @@ class GeoReport:
             (temp / "summary.json").write_text(text + "\n", encoding="utf-8")
 
 
-def verdict(table: pa.Table) -> list[str]:
-    """A word for each feature, by q: what is left of it under the nulls."""
-    status = table["status"].to_pylist()
+def verdict(table: pa.Table, alpha: float) -> list[str]:
+    """A word for each feature, by q: what is left of it under the nulls.
+
+    A feature whose q under free permutation is below alpha, but whose I is too small, is ``weak``.
+    """
+    status, q = table["status"].to_pylist(), table["q_free"].to_pylist()
     flags = {
         name: table[f"passes_{name}_q"].to_pylist()
         for name in NULLS
@@ -67,7 +70,7 @@ def verdict(table: pa.Table) -> list[str]:
         if state != "ok":
             words.append(f"not tested: {state}")
         elif not flags["free"][i]:
-            words.append("not spatial")
+            words.append("weak" if q[i] < alpha else "not spatial")
         elif not flags.get("within", flags["free"])[i]:
             words.append("labels alone")
         else:
