@@ -9,7 +9,9 @@ workspace, costs its nonzeros times the neighbours of a place. This module needs
 ``cpu``). Threads are the caller's: every loop releases the GIL. Sums are float64, in a fixed order.
 """
 
-from sae_apps.geospatial.jit import jit
+from sae_core.kernels.compiled import compiler
+
+jit = compiler("geospatial")
 
 
 @jit()

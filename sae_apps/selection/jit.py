@@ -3,60 +3,24 @@
 numba (extra ``cpu``) compiles; the modules that use this one are imported only where it is present.
 """
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
-from numba import config as numba_config
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sae_core.download import cache_dir, sha256_file
+from sae_core.download import sha256_file
+from sae_core.kernels.compiled import compiler
 
 MINIMUM, PRODUCT = 0, 1  # what a loop sums
-_SETTINGS: Any = numba_config  # its fields are made at run time
 # Sums may be reordered, so that they fill vector registers; NaN and infinity keep their meaning,
 # since they are how bad values are noticed.
 REORDER = {"reassoc", "nsz", "contract"}
-
-
-def _cache_folder() -> str | None:
-    """A folder for compiled code that this user may write, or None; never the installed package.
-
-    It is named after the text of this file: numba looks for changes only in the file of a loop,
-    and the pieces below are compiled into loops of other files.
-    """
-    folder = cache_dir() / "numba" / sha256_file(Path(__file__))[:8]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return os.fspath(folder)
-    except OSError:
-        return None
-
-
-def jit(**options: Any) -> Callable[[Callable], Any]:
-    """numba's njit with the code kept in the user's cache; ``$NUMBA_CACHE_DIR`` wins if it is set.
-
-    numba decides the folder while it decorates, and would choose ``__pycache__`` beside the source.
-    """
-
-    def decorate(function: Callable) -> Any:
-        before = _SETTINGS.CACHE_DIR
-        folder = before or _cache_folder()
-        if folder is None:
-            return njit(nogil=True, **options)(function)
-        _SETTINGS.CACHE_DIR = folder
-        try:
-            return njit(nogil=True, cache=True, **options)(function)
-        finally:
-            _SETTINGS.CACHE_DIR = before
-
-    return decorate
+# Named after the text of this file, because its pieces are compiled into loops of other files.
+jit = compiler(sha256_file(Path(__file__))[:8])
 
 
 def _emit_row(width: int, minimum: bool, is_double: bool) -> Callable:

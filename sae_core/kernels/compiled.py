@@ -1,0 +1,56 @@
+"""How compiled loops are compiled, and where their code is kept.
+
+numba (extras ``cpu``, ``geo``) compiles; modules with such loops are imported only where it is.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sae_core.download import cache_dir
+
+
+def compiler(name: str) -> Callable[..., Callable[[Callable], Any]]:
+    """A decorator ``jit(**options)``: numba's njit with the code kept in the user's cache.
+
+    Args:
+        name: of the folder in the cache; ``$NUMBA_CACHE_DIR`` wins if it is set. numba looks for
+            changes only in the file of a loop, so what is compiled into loops of other files needs
+            a name that follows from its text.
+    """
+
+    def jit(**options: Any) -> Callable[[Callable], Any]:
+        def decorate(function: Callable) -> Any:
+            return _compiled(function, name, options)
+
+        return decorate
+
+    return jit
+
+
+def _compiled(function: Callable, name: str, options: dict[str, Any]) -> Any:
+    """numba decides the folder while it decorates, and would choose one beside the source."""
+    from numba import config, njit
+
+    settings: Any = config  # its fields are made at run time
+    before = settings.CACHE_DIR
+    folder = before or _writable(cache_dir() / "numba" / name)
+    if folder is None:
+        return njit(nogil=True, **options)(function)
+    settings.CACHE_DIR = folder
+    try:
+        return njit(nogil=True, cache=True, **options)(function)
+    finally:
+        settings.CACHE_DIR = before
+
+
+def _writable(folder: Path) -> str | None:
+    """The folder if this user may write there, else None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return os.fspath(folder)
+    except OSError:
+        return None
