@@ -16,13 +16,15 @@ COMMANDS = {
     "identify": "say which latents to rely on, and which conditions of the theory hold",
     "select": "pick the rows of a pool that are most like given targets, and say why",
     "geo": "find the latents that know where places are, and map them",
+    "separability": "measure how far apart units are under different concepts",
+    "suppress": "suppress a concept, and measure what that removes and costs",
     "doctor": "show what is installed, which devices there are, what is cached",
     "demo": "train, evaluate and show an SAE on the built-in text and model",
 }
 
 
 def usage() -> str:
-    lines = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    lines = "\n".join(f"  {name:<13} {text}" for name, text in COMMANDS.items())
     return (
         f"usage: {PROG} COMMAND [options]\n\n"
         "Train identifiable sparse autoencoders on language models and use their features.\n\n"

@@ -1,0 +1,284 @@
+"""How much of a concept an edit removes, and what it costs: whole curves over strengths.
+
+    erased(s) = (A(0) - A(s)) / (A(0) - 1/2),    A: balanced accuracy of a probe on pooled texts
+    gap(s)    = nll a token of concept texts - nll a token of their neutral rewrites
+    damage    : perplexity and KL on neutral text, accuracy lost by probes of other concepts
+
+A by a fixed probe (fitted on the plain model) and by one refitted at every strength. Intervals
+resample documents: test texts by their document for removal, neutral texts for damage. Probes are
+not refitted within the resamples, so that intervals are those of the test set alone; the spread
+over seeds of the split shows the rest. Protocol: as NeuronLens, at the matched erasure
+of GeoAE; the likelihood gap and the refitted probe are additions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from sae_apps.suppression.curves import Curve, check_strengths, resample
+from sae_apps.suppression.likelihood import ReadConfig, Reading, read_texts
+from sae_apps.suppression.probes import CHANCE, Probe, check_labels, fit_probe
+from sae_apps.suppression.rivals import at_strength
+from sae_core.errors import UserError
+from sae_core.models import LanguageModel
+
+_LEAST = 0.02  # a probe must beat chance by this much before "erased" means anything
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Texts with one yes or no each."""
+
+    texts: Sequence[str]
+    """n texts."""
+    is_concept: Bool[np.ndarray, " n"]
+    """Labels, [n]."""
+    group: Int[np.ndarray, " n"]
+    """Document of each text, [n]: texts of one document are resampled together."""
+
+    def __post_init__(self) -> None:
+        check_labels(np.empty(len(self.texts)), self.is_concept)
+        if len(self.group) != len(self.texts):
+            raise UserError(
+                f"Expected a document for each of {len(self.texts)} texts, got {len(self.group)}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Everything on which suppression of one concept is judged."""
+
+    concept: str
+    """Its name."""
+    train: Labelled
+    """For the probes."""
+    test: Labelled
+    """For removal; no document of it in train."""
+    neutral: Sequence[str]
+    """Running text without the concept, one document each, for perplexity and KL."""
+    pairs: Int[np.ndarray, "m 2"] = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
+    """Places in test of a concept text and its neutral rewrite; empty where there are none."""
+    others: Mapping[str, tuple[Labelled, Labelled]] = field(default_factory=dict)
+    """Other concepts: train and test."""
+
+    def __post_init__(self) -> None:
+        if not len(self.neutral):
+            raise UserError("Expected at least one neutral text, got none.")
+        both = set(self.train.group.tolist()) & set(self.test.group.tolist())
+        if both:
+            raise UserError(
+                f"Expected no document in both train and test, got {len(both)}, for one "
+                f"{min(both)}."
+            )
+        label = self.test.is_concept
+        if len(self.pairs) and not (label[self.pairs[:, 0]] & ~label[self.pairs[:, 1]]).all():
+            raise UserError(
+                "Expected pairs of a concept text and one without it, got others among "
+                f"{len(self.pairs)} pairs."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a trial is run."""
+
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0)
+    """Ascending from 0."""
+    read_at: str | None = None
+    """Hook point of the probes; None: that of the edit (of a prompt: must be given)."""
+    n_draws: int = 1000
+    """Resamples of the documents."""
+    seed: int = 0
+    """Of the resamples."""
+    penalty: float = 0.05
+    """Of the probes."""
+    read: ReadConfig = ReadConfig()
+    """Lengths and batches."""
+
+    def __post_init__(self) -> None:
+        check_strengths(np.asarray(self.strengths, dtype=np.float64))
+        if self.n_draws < 1:
+            raise UserError(f"Expected at least 1 resample, got {self.n_draws}.")
+
+
+Both = tuple[Float[np.ndarray, " s"], Float[np.ndarray, "b s"]]  # on all documents, on resamples
+
+
+def evaluate(
+    lm: LanguageModel, edit: Any, trial: Trial, config: EvaluationConfig, *, method: str
+) -> Curve:
+    """The curve of one edit.
+
+    Args:
+        edit: any edit with ``hook_point``, ``strength`` and ``apply``, or a ``PromptEdit``.
+        trial: the texts.
+        method: its name in the tables.
+    Returns:
+        Columns: ``accuracy_fixed``, ``erased_fixed``, ``accuracy_refitted``, ``erased_refitted``,
+        ``perplexity``, ``perplexity_increase``, ``kl`` [nats a token]; with pairs ``gap`` and
+        ``gap_change`` [nats a token]; for other concepts ``other_NAME`` (balanced accuracy) and
+        ``others_lost``, the mean loss of accuracy.
+    Raises:
+        UserError: a prompt without ``read_at``; or a concept that no probe of the plain model
+            tells apart.
+    """
+    read_at = config.read_at or getattr(edit, "hook_point", None)
+    if read_at is None:
+        raise UserError("Expected read_at for an instruction, which has no hook point, got None.")
+    strengths = np.asarray(config.strengths, dtype=np.float64)
+    edits = [at_strength(edit, s) for s in strengths[1:]]
+    read = partial(read_texts, lm, edits=edits, read_at=read_at, config=config.read)
+    rng = np.random.default_rng(config.seed)
+    columns: dict[str, np.ndarray] = {}
+    draws: dict[str, np.ndarray] = {}
+
+    def add(name: str, both: tuple[np.ndarray, np.ndarray]) -> None:
+        columns[name], draws[name] = both
+
+    test, weight = read(trial.test.texts), resample(trial.test.group, config.n_draws, rng)
+    weight = _with_both_classes(weight, trial.test.is_concept)
+    train = read(trial.train.texts)
+    for kind in ("fixed", "refitted"):
+        right = _right(train, test, trial.train, trial.test, config.penalty, kind == "refitted")
+        accuracy = _accuracies(right, trial.test.is_concept, weight)
+        add(f"accuracy_{kind}", accuracy)
+        add(f"erased_{kind}", (_erased(accuracy[0]), _erased(accuracy[1], accuracy[0])))
+    neutral = read(trial.neutral)
+    again = resample(np.arange(len(trial.neutral)), config.n_draws, rng)
+    for name, both in _damage(neutral, again).items():
+        add(name, both)
+    if len(trial.pairs):
+        gap = _gap(test, trial.pairs, weight)
+        add("gap", gap)
+        add("gap_change", (gap[0] - gap[0][0], gap[1] - gap[1][:, :1]))
+    for name, both in _others(read, trial, config, rng).items():
+        add(name, both)
+    how = {
+        "read_at": read_at, "n_train": len(trial.train.texts), "n_test": len(trial.test.texts),
+        "n_neutral": len(trial.neutral), "n_pairs": len(trial.pairs), "seed": config.seed,
+        "n_draws": config.n_draws, "penalty": config.penalty,
+        "context_size": config.read.context_size,
+    }  # fmt: skip
+    return Curve(method, trial.concept, strengths, columns, draws, how)
+
+
+def _others(
+    read: Callable[..., list[Reading]],
+    trial: Trial,
+    config: EvaluationConfig,
+    rng: np.random.Generator,
+) -> dict[str, Both]:
+    """Accuracy of fixed probes of the other concepts, and its mean loss."""
+    found: dict[str, Both] = {}
+    lost: list[Both] = []
+    for name, (train, test) in trial.others.items():
+        plain, readings = read(train.texts, edits=[]), read(test.texts)
+        right = _right(plain, readings, train, test, config.penalty, False)
+        weight = resample(test.group, config.n_draws, rng)
+        point, many = _accuracies(
+            right, test.is_concept, _with_both_classes(weight, test.is_concept)
+        )
+        found[f"other_{name}"] = point, many
+        lost.append((point[0] - point, many[:, :1] - many))
+    if lost:
+        n = min(len(many) for _, many in lost)  # resamples without a class were left out
+        mean = np.mean([point for point, _ in lost], axis=0)
+        found["others_lost"] = mean, np.mean([many[:n] for _, many in lost], axis=0)
+    return found
+
+
+def _right(
+    train: Sequence[Reading],
+    test: Sequence[Reading],
+    train_labels: Labelled,
+    test_labels: Labelled,
+    penalty: float,
+    refit: bool,
+) -> Bool[np.ndarray, "s n"]:
+    """Whether the probe is right about each test text, at each strength."""
+    fixed = fit_probe(train[0].pooled, train_labels.is_concept, penalty=penalty)
+    found = []
+    for place, reading in enumerate(test):
+        probe: Probe = fixed
+        if refit and place:
+            probe = fit_probe(train[place].pooled, train_labels.is_concept, penalty=penalty)
+        found.append(probe.is_right(reading.pooled, test_labels.is_concept))
+    return np.stack(found)
+
+
+def _accuracies(
+    right: Bool[np.ndarray, "s n"], label: Bool[np.ndarray, " n"], weight: Int[np.ndarray, "b n"]
+) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, "b s"]]:
+    """Balanced accuracy at each strength, and on each resample."""
+
+    def share(times: np.ndarray) -> np.ndarray:
+        parts = []
+        for one in (label, ~label):
+            inside = times[:, one].astype(np.float64)
+            parts.append(inside @ right[:, one].T / inside.sum(axis=1, keepdims=True))
+        return (parts[0] + parts[1]) / 2
+
+    return share(np.ones((1, len(label))))[0], share(weight)
+
+
+def _with_both_classes(
+    weight: Int[np.ndarray, "b n"], label: Bool[np.ndarray, " n"]
+) -> Int[np.ndarray, "b n"]:
+    """The resamples that drew texts of both classes: without one no accuracy is defined."""
+    kept = weight[(weight[:, label].sum(axis=1) > 0) & (weight[:, ~label].sum(axis=1) > 0)]
+    if not len(kept):
+        raise UserError("Expected documents of both classes in some resample, got none.")
+    return kept
+
+
+def _erased(accuracy: np.ndarray, reference: np.ndarray | None = None) -> np.ndarray:
+    """(A(0) - A(s)) / (A(0) - 1/2); resamples share the denominator of the whole set."""
+    above = float((accuracy if reference is None else reference)[0]) - CHANCE
+    if above < _LEAST:
+        raise UserError(
+            f"Expected a probe of the plain model that is right on more than {CHANCE + _LEAST:.0%} "
+            f"of the texts, got {CHANCE + above:.1%}: nothing can be erased."
+        )
+    return (accuracy[..., :1] - accuracy) / above
+
+
+def _damage(
+    readings: Sequence[Reading], weight: Int[np.ndarray, "b n"]
+) -> dict[str, tuple[Float[np.ndarray, " s"], Float[np.ndarray, "b s"]]]:
+    """Perplexity, its increase, and KL a token."""
+    tokens = readings[0].n_tokens.astype(np.float64)
+    nll = np.stack([one.nll for one in readings], axis=1)
+    kl = np.stack([one.kl for one in readings], axis=1)
+    every = np.ones((1, len(tokens)))
+    found = {}
+    for name, values in (("perplexity", nll), ("kl", kl)):
+        point, many = (w @ values / (w @ tokens)[:, None] for w in (every, weight))
+        if name == "perplexity":
+            point, many = np.exp(point), np.exp(many)
+            found["perplexity_increase"] = (point[0] - point[0, 0], many - many[:, :1])
+        found[name] = (point[0], many)
+    return found
+
+
+def _gap(
+    readings: Sequence[Reading], pairs: Int[np.ndarray, "m 2"], weight: Int[np.ndarray, "b n"]
+) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, "b s"]]:
+    """nll a token of concept texts minus that of their rewrites, each a ratio of sums."""
+    tokens = readings[0].n_tokens.astype(np.float64)
+    nll = np.stack([one.nll for one in readings], axis=1)
+
+    def rate(times: np.ndarray, side: int) -> np.ndarray:
+        place = pairs[:, side]
+        # a pair counts as often as its concept text was drawn, both sides alike
+        times = times[:, pairs[:, 0]].astype(np.float64)
+        total = times @ tokens[place]
+        return times @ nll[place] / np.maximum(total, 1.0)[:, None]
+
+    def gap(times: np.ndarray) -> np.ndarray:
+        return rate(times, 0) - rate(times, 1)
+
+    return gap(np.ones((1, len(tokens))))[0], gap(weight)

@@ -1,0 +1,267 @@
+"""From labelled texts to an App: read the units, test them, tabulate posteriors, calibrate.
+
+Every kept token inherits the label of its text. Four fifths of the texts of each class choose the
+units and fill the histograms; the rest drops units whose posterior predicts no better than the
+prior, fits the temperature of the joint gate and calibrates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+
+from sae_apps.suppression.app import BEYOND, GATES, App
+from sae_apps.suppression.calibration import Calibration, calibrate, token_weights
+from sae_apps.suppression.choice import Separation, separation
+from sae_apps.suppression.histogram import Histogram
+from sae_apps.suppression.posterior import (
+    MODES,
+    Tables,
+    attenuation,
+    check_prior,
+    concept_mask,
+    log_odds,
+    posterior_tables,
+)
+from sae_apps.suppression.tokens import TokenValues, histogram_of, read_values
+from sae_apps.suppression.units import Units, open_units
+from sae_core.activations import HarvestConfig
+from sae_core.errors import UserError
+from sae_core.models import LanguageModel, load_model
+from sae_core.sae import SAE
+
+BACKGROUND = "background"
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How an App is fitted."""
+
+    n_units: int = 64
+    """Units at most."""
+    significance: float = 0.05
+    """Largest p-value of a chosen unit, corrected for the number of units; 1: no filter."""
+    permutations: int = 100
+    """Of the texts' labels, for the p-values."""
+    n_bins: int = 16
+    """Bins beside the atom."""
+    mode: str = "excess"
+    """excess or posterior, see ``posterior.attenuation``."""
+    gate: str = "unit"
+    """unit or joint, see ``app``."""
+    beyond: str = "overshoot"
+    """What a strength above 1 does: overshoot or clip."""
+    prior: Mapping[str, float] | None = None
+    """Base rate of every class, ``background`` included; None: uniform."""
+    held_out_frac: float = 0.2
+    """Texts of each class for the calibration; 0: none, and no unit is dropped."""
+    min_texts: int = 10
+    """Texts that each class must have."""
+    seed: int = 0
+    """Of the permutations, the split and the sample of the bins."""
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    """Which tokens are read, and the batches."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", MODES), ("gate", GATES), ("beyond", BEYOND)):
+            if getattr(self, name) not in known:
+                raise UserError(f"Expected a {name} of {known}, got {getattr(self, name)!r}.")
+        for name, least in (("n_units", 0), ("permutations", 1), ("n_bins", 2), ("min_texts", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"Expected {name} of at least {least}, got {getattr(self, name)}.")
+        if not 0 < self.significance <= 1:
+            raise UserError(f"Expected a significance in (0, 1], got {self.significance}.")
+        if not 0 <= self.held_out_frac < 1:
+            raise UserError(f"Expected held_out_frac in [0, 1), got {self.held_out_frac}.")
+        if self.gate == "joint" and self.held_out_frac == 0:
+            raise UserError("Expected held_out_frac above 0 for the gate 'joint', got 0.")
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """An App and what led to it."""
+
+    app: App
+    """The edit."""
+    separation: Separation
+    """Of all units."""
+    calibration: Calibration | None
+    """Of the chosen units on held-out texts, before units were dropped."""
+    dropped: int
+    """Chosen units that predicted held-out tokens no better than the prior."""
+    n_texts: dict[str, int]
+    """Texts of each class."""
+
+
+def fit_app(
+    model: LanguageModel | str | Path,
+    sae: SAE | str | Path | None,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    concept: str | Sequence[str],
+    background: Sequence[str] | None = None,
+    *,
+    hook_point: str | None = None,
+    kind: str = "latents",
+    config: FitConfig = FitConfig(),  # noqa: B008 - frozen
+) -> App:
+    """Fit the suppression of one or several concepts; see ``fit_report`` for the whole result."""
+    return fit_report(
+        model, sae, texts, labels, concept, background,
+        hook_point=hook_point, kind=kind, config=config,
+    ).app  # fmt: skip
+
+
+def fit_report(
+    model: LanguageModel | str | Path,
+    sae: SAE | str | Path | None,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    concept: str | Sequence[str],
+    background: Sequence[str] | None = None,
+    *,
+    hook_point: str | None = None,
+    kind: str = "latents",
+    config: FitConfig = FitConfig(),  # noqa: B008 - frozen
+) -> Fit:
+    """Fit the suppression of one or several concepts, and keep tests and calibration.
+
+    Args:
+        model: a loaded language model, or the name or path of one.
+        sae: an SAE (then name its hook point) or the folder of one; None for other kinds of units.
+        texts: n labelled texts.
+        labels: n names of classes.
+        concept: what to suppress: one class, or several.
+        background: neutral texts, a class of their own; what they share with the concept is kept.
+        hook_point: where the units are, e.g. ``layers.15.out``.
+        kind: latents, residual or neurons.
+    Raises:
+        UserError: other numbers of labels than of texts, one class only, an unknown concept, a
+            class with too few texts, an SAE of another model or layer, a prior of other classes.
+    """
+    texts, names = _joined(texts, labels, background)
+    concepts = (concept,) if isinstance(concept, str) else tuple(concept)
+    classes = _check_classes(names, concepts, config)
+    lm = model if isinstance(model, LanguageModel) else load_model(str(model))
+    units = open_units(lm, sae, hook_point, kind)
+    label = np.array([classes.index(name) for name in names])
+    is_concept = concept_mask(classes, concepts)[label]
+    rng = np.random.default_rng(config.seed)
+    train = _train_texts(label, config.held_out_frac, rng)
+    everything = read_values(lm, units, texts, config.harvest)
+    values = everything.of_texts(train)
+    hist = histogram_of(values, label, classes, n_bins=config.n_bins, seed=config.seed)
+    if not hist.n.all():
+        raise UserError(f"Expected tokens of every class, got none of {classes[hist.n.argmin()]}.")
+    found = separation(values, hist, train, is_concept, permutations=config.permutations, rng=rng)
+    index = found.best(config.n_units, config.significance, two_sided=units.two_sided)
+    tables = posterior_tables(_rows(hist, index), config.prior)
+    held_out = everything.of_texts(~train)
+    quality = _calibration(held_out, tables, index, label, concepts) if len(index) else None
+    kept = np.ones(len(index), dtype=bool)
+    if quality is not None:
+        kept = quality.loss < quality.prior_loss
+    app = _assemble(units, lm, _rows(hist, index[kept]), index[kept], quality, concepts, config)
+    counts = {name: int((label == i).sum()) for i, name in enumerate(classes)}
+    return Fit(app, found, quality, int((~kept).sum()), counts)
+
+
+def _joined(
+    texts: Sequence[str], labels: Sequence[str], background: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    if len(texts) != len(labels):
+        raise UserError(
+            f"Expected one label for each text, got {len(texts)} texts and {len(labels)} labels."
+        )
+    if background is not None and BACKGROUND in labels:
+        raise UserError(f"Expected no label {BACKGROUND!r} beside background texts, got one.")
+    more = list(background or ())
+    return [*texts, *more], [*map(str, labels), *[BACKGROUND] * len(more)]
+
+
+def _check_classes(
+    names: Sequence[str], concepts: tuple[str, ...], config: FitConfig
+) -> tuple[str, ...]:
+    classes = tuple(dict.fromkeys(names))
+    if len(classes) < 2:
+        raise UserError(f"Expected at least two classes, got {', '.join(classes) or 'none'}.")
+    concept_mask(classes, concepts)
+    check_prior(classes, config.prior)
+    for name in classes:
+        if (n := names.count(name)) < config.min_texts:
+            raise UserError(
+                f"Expected at least {config.min_texts} texts of each class, got {n} of {name!r}."
+            )
+    return classes
+
+
+def _train_texts(
+    label: Int[np.ndarray, " n"], held_out_frac: float, rng: np.random.Generator
+) -> Bool[np.ndarray, " n"]:
+    train = np.ones(len(label), dtype=bool)
+    for one in np.unique(label):
+        members = rng.permutation(np.flatnonzero(label == one))
+        train[members[: int(held_out_frac * len(members))]] = False
+    return train
+
+
+def _rows(hist: Histogram, index: Int[np.ndarray, " u"]) -> Histogram:
+    return Histogram(
+        hist.counts[index], hist.n, hist.edges[index], hist.classes,
+        hist.total[index], hist.square[index], hist.has_atom,
+    )  # fmt: skip
+
+
+def _calibration(
+    held_out: TokenValues,
+    tables: Tables,
+    index: Int[np.ndarray, " u"],
+    label: Int[np.ndarray, " n_texts"],
+    concepts: tuple[str, ...],
+) -> Calibration | None:
+    """None without held-out tokens on both sides."""
+    inside = concept_mask(tables.classes, concepts)
+    mine = label[held_out.text]
+    if not inside[mine].any() or inside[mine].all():
+        return None
+    dense = held_out.of_units(index)
+    bins = 1 + (dense[:, :, None] >= tables.edges[None]).sum(axis=2)
+    if tables.has_atom:
+        bins *= dense > 0
+    evidence = log_odds(tables, concepts)[np.arange(len(index)), bins]
+    prior = float(tables.prior[inside].sum())
+    return calibrate(evidence, inside[mine], token_weights(mine, tables.prior), prior)
+
+
+def _assemble(
+    units: Units,
+    lm: LanguageModel,
+    hist: Histogram,
+    index: Int[np.ndarray, " u"],
+    quality: Calibration | None,
+    concepts: tuple[str, ...],
+    config: FitConfig,
+) -> App:
+    tables = posterior_tables(hist, config.prior)
+    inside = concept_mask(tables.classes, concepts)
+    temperature = 1.0 if quality is None else quality.temperature
+    neutral = np.zeros(len(index), dtype=np.float32)
+    if units.two_sided:
+        rest = hist.total[:, ~inside].sum(axis=1) / hist.n[~inside].sum()
+        neutral = rest.astype(np.float32)
+    return App(
+        units=units.take(torch.from_numpy(index)).to(lm.device),
+        edges=torch.from_numpy(np.ascontiguousarray(tables.edges)).to(lm.device),
+        weights=torch.from_numpy(attenuation(tables, concepts, config.mode)).to(lm.device),
+        evidence=torch.from_numpy(temperature * log_odds(tables, concepts)).float().to(lm.device),
+        neutral=torch.from_numpy(neutral).to(lm.device),
+        prior=float(tables.prior[inside].sum()),
+        concepts=concepts,
+        mode=config.mode,
+        gate=config.gate,
+        beyond=config.beyond,
+        special_ids=tuple(i for i in lm.tokenizer.all_special_ids if i is not None),
+    )
