@@ -11,6 +11,14 @@ HEADS = dict(zip(NULLS, ("(i) free", "(ii) within labels", "(iii) after covariat
                          "beyond labels"), strict=True))  # fmt: skip
 N_BEST, N_PLACES, N_TEXT = 6, 4, 150
 SHOWN_I = 0.3  # of the best latents
+IN_FULL = (("world", "name"), ("GB", "ask"))
+KINDS: dict[str, Callable[[str], bool]] = {
+    "GBA latents": lambda name: name.startswith("gba") and "shuffled" not in name,
+    "TopK latents": lambda name: name.startswith("topk"),
+    "raw units": lambda name: name == "units",
+    "GBA, tokens of names shuffled": lambda name: name.startswith("gba") and "shuffled" in name,
+    "raw units, untrained model": lambda name: name == "units, untrained",
+}
 
 
 def counts(row: dict[str, Any]) -> dict[str, str]:
@@ -26,12 +34,32 @@ def counts(row: dict[str, Any]) -> dict[str, str]:
 
 
 def findings(result: Result) -> str:
-    """Every set at every spot."""
+    """Every set at the spots that the README shows in full."""
     return table([
         {"places": row["area"], "prompt": row["prompt"], "layer": row["layer"], "what": row["set"]}
         | counts(row)
         for row in result["rows"]
         if row["part"] == "findings" and "n_half" in row
+        and (row["area"], row["prompt"]) in IN_FULL
+    ])  # fmt: skip
+
+
+def spots(result: Result) -> str:
+    """A row a spot: latents, raw units, and latents of shuffled names."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in result["rows"]:
+        if row["part"] != "findings" or "n_half" not in row:
+            continue
+        what = next((head for head, kind in KINDS.items() if kind(row["set"])), None)
+        if what is not None:
+            spot = (row["area"], row["prompt"], str(row["layer"]))
+            found.setdefault(spot, {})[what] = (
+                f"{row['n_free_q']} / {row['n_survives_q']} of {row['n_tested']}, "
+                f"{row['max_I'] or 0:.2f}"
+            )
+    return table([
+        {"places": area, "prompt": prompt, "layer": layer} | {k: cells.get(k, "–") for k in KINDS}
+        for (area, prompt, layer), cells in found.items()
     ])  # fmt: skip
 
 
@@ -89,6 +117,20 @@ def coordinates(result: Result) -> str:
     ])  # fmt: skip
 
 
+def moran(result: Result) -> str:
+    """Times of the test beside the loop over esda's."""
+    return table([
+        {
+            "what": row["what"], "places": f"{row['n']:,}", "features": f"{row['features']:,}",
+            "permutations": f"{row['permutations']:,}", "seconds": cell(row["seconds"]),
+            "ms a feature": cell(row["ms_per_feature"]), "× esda": cell(row["speedup"]),
+            "peak MB": cell(row["peak_mb"] and round(row["peak_mb"])),
+        }
+        for row in result["rows"]
+        if row["seconds"] is not None
+    ])  # fmt: skip
+
+
 def _two(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
@@ -103,7 +145,7 @@ GEOGRAPHY: dict[str, tuple[str, Callable[[Result], str]]] = {
     f"geography_{name}_{model}": (f"geography_{model}", make)
     for model in ("gemma", "smollm2")
     for name, make in (
-        ("findings", findings), ("layers", layers), ("best", best), ("published", published),
-        ("coordinates", coordinates),
+        ("findings", findings), ("spots", spots), ("layers", layers), ("best", best),
+        ("published", published), ("coordinates", coordinates),
     )
 }  # fmt: skip

@@ -41,8 +41,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "full": {
         "exact": LATENTS, "loop": 12, "repeats": 3, "n": (1000, 2000, 4000, 8000),
-        "f": (64, 256, 1024, 16_384), "dense": (1536, 999), "adaptive": 99_999,
-        "null": (4000, 999), "planar": (50_000, 100_000),
+        "f": (64, 256, 1024, 16_384), "dense": (768, 999), "adaptive": 99_999,
+        "null": (2000, 999), "planar": (50_000, 100_000),
     },
 }  # fmt: skip
 EXACT, FASTER, SECONDS = 1e-10, 100.0, 60.0
@@ -205,11 +205,13 @@ def speed_rows(
     length = np.random.default_rng(0).integers(1, 8, w.n)  # stands for the number of tokens
     rows = []
 
-    def one(what: str, features: Any, links: SpatialWeights, **options: Any) -> None:
+    def one(
+        what: str, features: Any, links: SpatialWeights, repeats: int = 1, **options: Any
+    ) -> None:
         every: dict[str, Any] = {"permutations": PERMUTATIONS, "min_active": 1, **options}
         short: dict[str, Any] = every | {"permutations": 32}
         moran(features[:, :16], links, **short)  # compiles
-        found = measured(lambda: moran(features, links, **every), size["repeats"])
+        found = measured(lambda: moran(features, links, **every), repeats)
         each = found["seconds"] / features.shape[1] * 1e3
         # the loop makes as many permutations of the same places
         same = links is w and every["permutations"] == PERMUTATIONS
@@ -219,7 +221,7 @@ def speed_rows(
                 ms_per_feature=each, speedup=speedup, **found)
         )  # fmt: skip
 
-    one("sparse", x, w)
+    one("sparse", x, w, size["repeats"])
     one("sparse, max control", x, w, p_adjust="max")
     one("sparse, within strata", x, w, strata=label)
     one("sparse, strata means", x, w, strata=label, strata_means=True)

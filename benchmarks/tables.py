@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, cell, table
-from benchmarks.geography_table import GEOGRAPHY
+from benchmarks.geography_table import GEOGRAPHY, moran
 from benchmarks.recovery import BASELINES, chosen
 from benchmarks.selection_table import SELECTIONS
 from sae_core.store import atomic_write_text
@@ -270,6 +270,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "throughput_goals": ("throughput", goals),
     "geography_goals_gemma": ("geography_gemma", goals),
     "geography_goals_smollm2": ("geography_smollm2", goals),
+    "moran": ("moran", moran),
     "moran_goals": ("moran", goals),
     **GEOGRAPHY,
 }
