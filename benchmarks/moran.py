@@ -40,7 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "dense": (256, 99), "adaptive": 9_999, "null": (500, 199), "planar": (),
     },
     "full": {
-        "exact": LATENTS, "loop": 12, "repeats": 3, "n": (1000, 2000, 4000, 8000),
+        "exact": 1152, "loop": 12, "repeats": 3, "n": (1000, 2000, 4000, 8000),
         "f": (64, 256, 1024, 16_384), "dense": (768, 999), "adaptive": 99_999,
         "null": (2000, 999), "planar": (50_000, 100_000),
     },
@@ -184,7 +184,7 @@ def exact_rows(x: sparse.csr_array, w: SpatialWeights, sample: int) -> list[dict
     esda = require("esda", "geo")
     index = np.linspace(0, LATENTS - 1, sample).astype(int)
     table = moran(x, w, permutations=1, p_adjust=None)
-    links, worst = w.to_w(), {"I": 0.0, "VI_rand": 0.0, "z_rand": 0.0}
+    links, worst = w.to_graph(), {"I": 0.0, "VI_rand": 0.0, "z_rand": 0.0}
     columns = x.tocsc()
     for j in index:
         y = columns[:, [j]].toarray().ravel().astype(np.float64)
