@@ -239,8 +239,9 @@ def goals(result: Result) -> str:
     """Every goal of a suite, kept or not."""
     return table([
         {
-            "goal": goal["name"], "wanted": goal["goal"], "measured": f"{goal['value']:.3f}",
-            "met": "yes" if goal["met"] else "**no**", "note": goal["note"],
+            "goal": goal["name"].replace("|", "\\|"), "wanted": goal["goal"],
+            "measured": f"{goal['value']:.3f}", "met": "yes" if goal["met"] else "**no**",
+            "note": goal["note"].replace("|", "\\|"),
         }
         for goal in result["goals"]
     ])  # fmt: skip
