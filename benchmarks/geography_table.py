@@ -29,7 +29,7 @@ def counts(row: dict[str, Any]) -> dict[str, str]:
         **{HEADS[null]: cell(row.get(f"n_{null}_q")) for null in NULLS},
         "(i) to (iii)": str(row["n_survives_q"]),
         "largest I": f"{row['max_I'] or 0:.2f}",
-        "beyond labels ": f"{row['max_I_beyond'] or 0:.2f}" if "max_I_beyond" in row else "–",
+        "… beyond labels": f"{row['max_I_beyond'] or 0:.2f}" if "max_I_beyond" in row else "–",
     }
 
 
@@ -64,12 +64,12 @@ def spots(result: Result) -> str:
 
 
 def layers(result: Result) -> str:
-    """GBA latents beside raw units, by layer and prompt."""
+    """GBA latents beside raw units, by layer and prompt, on the world."""
     return table([
         {"places": row["area"], "prompt": row["prompt"], "layer": row["layer"], "what": row["set"]}
         | {key: value for key, value in counts(row).items() if key != "(iii) after covariates"}
         for row in result["rows"]
-        if row["part"] == "layers"
+        if row["part"] == "layers" and row["area"] == "world"
     ])  # fmt: skip
 
 
