@@ -74,6 +74,18 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def read_cells(path: Path) -> dict[str, dict[str, Any]]:
+    """Finished cells by key; a line that a crash of the machine cut short is passed over."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[record["key"]] = record
+    return found
+
+
 def write_result(
     name: str,
     rows: Sequence[dict[str, Any]],

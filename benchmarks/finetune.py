@@ -51,7 +51,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from benchmarks.common import table, write_result
+from benchmarks.common import read_cells, table, write_result
 from benchmarks.finetune_table import UNTRAINED, difference_rows, goals, loss_rows
 from benchmarks.tuning import (
     Example,
@@ -271,18 +271,6 @@ def run_cell(
         "nll": [round(v, 5) for v in loss.nll.tolist()], "is_exact": loss.is_exact.tolist(),
         "is_ranked": ranked, "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
-
-
-def read_cells(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; a line that a crash of the machine cut short is passed over."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[record["key"]] = record
-    return found
 
 
 def run_cells(

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import Goal, write_result
+from benchmarks.common import Goal, read_cells, write_result
 from sae_apps.suppression.concepts import LabelledTexts
 from sae_apps.suppression.curves import matched
 from sae_apps.suppression.evaluate import EvaluationConfig, Trial, evaluate
@@ -114,18 +114,6 @@ def cell_key(cell: Cell, size: Size, about: Sequence[str]) -> str:
     """Hash of everything that a cell's result depends on, machine and threads aside."""
     facts = [list(cell), asdict(size), list(about)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-
-
-def read_cells(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; a line that a crash of the machine cut short is passed over."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[record["key"]] = record
-    return found
 
 
 def run_cells(

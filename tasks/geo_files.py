@@ -19,9 +19,10 @@ import pyarrow as pa
 
 from sae_apps.geospatial.places import Places
 from sae_core.errors import UserError
-from sae_core.store import MANIFEST, atomic_folder, recover_folder, verify_folder
+from sae_core.store import atomic_folder
 
-from .common import first_difference, read_json, to_json
+from .common import to_json
+from .finished import SUMMARY, finished_folder
 
 if TYPE_CHECKING:
     from sae_core.features import SparseFeatures
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .geo_run import Result
 
 FORMAT, VERSION = "sae-apps-geo", 1
-SUMMARY = "summary.json"
 
 
 def finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -39,19 +39,7 @@ def finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         UserError: the folder holds something else; CorruptFileError: a file has changed since.
     """
-    recover_folder(out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    advice = "choose another --out or add --overwrite"
-    if not (out / SUMMARY).is_file() or not (out / MANIFEST).is_file():
-        raise UserError(f"{out} is there already, without a {SUMMARY} of this command: {advice}.")
-    found = read_json(out / SUMMARY)
-    if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{out} is there already, from another program: {advice}.")
-    if difference := first_difference(found["identity"], identity):
-        raise UserError(f"{out} holds another result: {difference}; {advice}.")
-    verify_folder(out)
-    return found["summary"]
+    return finished_folder(out, identity, FORMAT, VERSION)
 
 
 def write_result(

@@ -21,12 +21,13 @@ from sae_apps.suppression.units import open_units
 from sae_core.activations import HarvestConfig
 from sae_core.errors import UserError
 from sae_core.records import read_records
-from sae_core.store import MANIFEST, atomic_folder, recover_folder, verify_folder
+from sae_core.store import atomic_folder
 from sae_core.text import rows_from_texts
 from sae_core.tokens import count_tokens
 
-from .common import first_difference, plain, read_json, size, to_json
+from .common import plain, size, to_json
 from .featurize import FinishedRun, open_run
+from .finished import SUMMARY, finished_folder
 from .progress import Progress, duration
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from .separability import ConceptOptions, SeparabilityOptions
 
-FORMAT, VERSION, SUMMARY = "sae-apps-separability", 1, "summary.json"
+FORMAT, VERSION = "sae-apps-separability", 1
 PROBE_TEXTS = 32
 
 
@@ -130,20 +131,7 @@ def finished(plan: Plan) -> dict[str, Any] | None:
     Raises:
         UserError: the folder holds something else; CorruptFileError: a file has changed since.
     """
-    recover_folder(plan.out)
-    if not plan.out.exists() or (plan.out.is_dir() and not any(plan.out.iterdir())):
-        return None
-    advice = "choose another --out or add --overwrite"
-    if not (plan.out / SUMMARY).is_file() or not (plan.out / MANIFEST).is_file():
-        raise UserError(f"{plan.out} is there already, without a {SUMMARY} of this command: "
-                        f"{advice}.")  # fmt: skip
-    found = read_json(plan.out / SUMMARY)
-    if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{plan.out} is there already, from another program: {advice}.")
-    if difference := first_difference(found["identity"], plan.identity):
-        raise UserError(f"{plan.out} holds another result: {difference}; {advice}.")
-    verify_folder(plan.out)
-    return found["summary"]
+    return finished_folder(plan.out, plan.identity, FORMAT, VERSION)
 
 
 def run(plan: Plan, *, quiet: bool = False) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from sae_apps.suppression.trial import make_trial, strengths_of
 from sae_apps.suppression.units import open_units
 from sae_core.activations import HarvestConfig
 from sae_core.errors import UserError
-from sae_core.store import MANIFEST, atomic_folder, recover_folder, verify_folder
+from sae_core.store import atomic_folder
 from sae_core.text import read_text_file
 
-from .common import first_difference, plain, read_json, to_json
+from .common import plain, to_json
 from .featurize import FinishedRun, open_run
+from .finished import SUMMARY, finished_folder
 from .separability_run import read_labelled
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from .suppress import JudgeOptions, SuppressOptions
 
 LOG = logging.getLogger(__name__)
-FORMAT, VERSION, SUMMARY = "sae-apps-suppress", 1, "summary.json"
+FORMAT, VERSION = "sae-apps-suppress", 1
 LEVELS = (0.6, 0.8)
 
 
@@ -128,19 +129,7 @@ def finished(plan: Plan) -> dict[str, Any] | None:
     Raises:
         UserError: the folder holds something else; CorruptFileError: a file has changed since.
     """
-    recover_folder(plan.out)
-    if not plan.out.exists() or (plan.out.is_dir() and not any(plan.out.iterdir())):
-        return None
-    advice = "choose another --out or add --overwrite"
-    if not (plan.out / SUMMARY).is_file() or not (plan.out / MANIFEST).is_file():
-        raise UserError(f"{plan.out} is there already, not from this command: {advice}.")
-    found = read_json(plan.out / SUMMARY)
-    if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{plan.out} is there already, from another program: {advice}.")
-    if difference := first_difference(found["identity"], plan.identity):
-        raise UserError(f"{plan.out} holds another result: {difference}; {advice}.")
-    verify_folder(plan.out)
-    return found["summary"]
+    return finished_folder(plan.out, plan.identity, FORMAT, VERSION)
 
 
 def _fit(plan: Plan) -> Fit:

@@ -539,3 +539,22 @@ def test_a_stored_value_that_is_not_finite_is_refused():
     x.data[x.indptr[2]] = np.inf
     with pytest.raises(UserError, match=f"inf at place 2, feature {x.indices[x.indptr[2]]}"):
         moran(x, weights())
+
+
+def test_a_table_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A write that fails half-way leaves the old file, and nothing beside it."""
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "moran.parquet"
+    path.write_bytes(b"old")
+
+    def fails(_table, out):
+        out.write(b"half")
+        raise RuntimeError("stopped")
+
+    w = spatial_weights(np.arange(20.0), np.zeros(20), k=2)
+    table = moran(np.arange(20.0), w, permutations=9)
+    monkeypatch.setattr(pq, "write_table", fails)
+    with pytest.raises(RuntimeError, match="stopped"):
+        table.save(path)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == [path.name]

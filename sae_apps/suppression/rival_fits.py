@@ -13,6 +13,7 @@ concept's samples, tau 2, replaced by 0), AurA as in github apple/ml-aura; LEACE
 NeuronLens takes the last token of a prompt and AurA the maximum over a sentence.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -268,7 +269,10 @@ def fit_leace(
         MissingExtraError: the package is not installed.
         UserError: one class only.
     """
-    package = require("concept_erasure", "rivals")
+    with warnings.catch_warnings():
+        # the package is compiled by torch.jit.script while it is imported, which warns
+        warnings.simplefilter("ignore", DeprecationWarning)
+        package = require("concept_erasure", "rivals")
     dense, space = _space(values, units, chosen)
     check_labels(dense, is_concept)
     labels = torch.from_numpy(is_concept.astype(np.float64))[:, None]

@@ -1,6 +1,5 @@
 """The result of a measurement of separability: one row a unit, and how it was made."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int
 
+from sae_core.described import read_described, write_described
 from sae_core.errors import UserError
 
 KEY = b"sae_apps.separability"
@@ -76,13 +75,7 @@ class SeparabilityTable:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write Parquet with ``how`` in the metadata of the schema; ``load_separability`` reads."""
-        file = Path(path)
-        if file.suffix != ".parquet":
-            raise UserError(f"Expected a file name that ends in .parquet, got {file.name}.")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {KEY: json.dumps(self.how).encode()}
-        pq.write_table(self.table.replace_schema_metadata(metadata), file)
-        return file
+        return write_described(path, self.table, self.how, KEY)
 
 
 def load_separability(path: str | os.PathLike[str]) -> SeparabilityTable:
@@ -91,11 +84,4 @@ def load_separability(path: str | os.PathLike[str]) -> SeparabilityTable:
     Raises:
         UserError: the file is missing, or is no such table.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"Expected a file at {file}, got nothing.")
-    table = pq.read_table(file)
-    found = (table.schema.metadata or {}).get(KEY)
-    if found is None:
-        raise UserError(f"Expected a table that `separability` made in {file}, got another.")
-    return SeparabilityTable(table.replace_schema_metadata(None), json.loads(found))
+    return SeparabilityTable(*read_described(path, KEY, "separability"))
