@@ -131,11 +131,12 @@ def test_without_ray_the_extra_is_named(
 # ---- a cluster ----
 
 SCRIPT = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback, see cluster._import
 import ray
 import torch
+from sae_apps.selection import cluster
 from sae_apps.selection.cluster import EncoderSpec, write_pool_ray
 from sae_apps.selection.embed import EmbedConfig
 from sae_apps.selection.instructions import InstructionSource, RowReader, open_instructions
@@ -172,7 +173,18 @@ write_pool_ray(
 found["progress"] = done
 found["workers"] = len(list(out.glob("pid-*")))
 
-# The command: stopped after its first shard, and again.
+# The command: stopped after its first finished shard, and again. The last shard waits for that,
+# so that however fast the workers are, something is left to do.
+class Held(cluster._ShardWriter):
+    def __call__(self, batch):
+        until = time.monotonic() + 60
+        while int(batch["item"][0]) == 5 and not (out / "go").exists():
+            if time.monotonic() > until:
+                raise TimeoutError("nobody stopped the command")
+            time.sleep(0.01)
+        return super().__call__(batch)
+
+cluster._ShardWriter = Held
 argv = ["select", "--pool", str(made / "pool.jsonl"), "--target", str(made / "target.jsonl")]
 argv += ["--run", str(made / "run"), "--budget", "25%", "--max-len", "64", "--shard-rows", "8"]
 argv += ["--features", str(out / "stopped"), "--engine", "ray", "--out", str(out / "picks.jsonl")]
@@ -185,6 +197,7 @@ found["stopped"] = main([*argv, "--quiet"])
 found["left"] = sorted(p.name for p in (out / "stopped").iterdir())
 kept = next((out / "stopped").glob("shard-*")) / "manifest.json"  # whichever was first
 found["stamp"] = [kept.stat().st_mtime_ns]
+(out / "go").touch()
 Progress.update = update
 found["too_many"] = main([*argv, "--quiet", "--workers", "3"])
 found["resumed"] = main([*argv, "--quiet"])
