@@ -236,7 +236,7 @@ def code_row(
     recalls = {}
     for depth in DEPTHS:
         with clock() as search:
-            found = codes.candidates(targets, depth, config)
+            found, _ = codes.candidates(targets, depth, config)
         hits = [np.isin(a, b).mean() for a, b in zip(truth, found, strict=True)]
         recalls[f"recall_{depth}"] = float(np.mean(hits))
     more = "".join(

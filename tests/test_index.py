@@ -243,7 +243,8 @@ def test_fine_codes_are_the_default_of_large_samples() -> None:
     assert codes.n_rows == 1100
     # 56 + 448 bytes a row, padded to blocks of 32 rows, and tables that do not grow with the rows
     assert 504 <= codes.bytes_per_row < 700
-    found = codes.candidates(rows[:50], 10, IndexConfig())
+    found, near = codes.candidates(rows[:50], 10, IndexConfig())
+    assert (np.diff(near, axis=1) <= 0).all()
     assert (found == np.arange(50)[:, None]).any(axis=1).mean() > 0.95
 
 

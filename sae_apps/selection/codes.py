@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
 
@@ -130,15 +130,21 @@ class Codes:
 
     def candidates(
         self, queries: sparse.csr_array, n: int, config: IndexConfig
-    ) -> Int64[np.ndarray, "q n"]:
-        """Places of the n rows that look nearest, in no order; -1 where FAISS found fewer."""
+    ) -> tuple[Int64[np.ndarray, "q n"], Float32[np.ndarray, "q n"]]:
+        """Places of the n rows that look nearest, and how near they look, best first.
+
+        Inner products, or minus Hamming distances; place -1 where FAISS found fewer.
+        """
         faiss = require("faiss", "cpu")
         _set_effort(faiss, self.index, config)
         found = np.empty((shape_of(queries)[0], n), dtype=np.int64)
+        near = np.empty(found.shape, dtype=np.float32)
+        sign = -1 if isinstance(self.encoder, WeightedMinHash) else 1
         for start in range(0, len(found), _SEARCH_BLOCK):
             part = slice(start, start + _SEARCH_BLOCK)
-            found[part] = self.index.search(self.encode(queries[part]), n)[1]
-        return found
+            values, found[part] = self.index.search(self.encode(queries[part]), n)
+            near[part] = sign * values
+        return found, near
 
     def save(self, folder: Path) -> None:
         """Files ``codes.faiss`` and ``encoder.safetensors`` into a folder."""

@@ -1,8 +1,9 @@
 """SparseIndex: nearest rows of many queries under the generalised Jaccard, without reading all.
 
-FAISS finds candidates by short codes (``codes``), then the candidates alone are scored exactly on
-their sparse rows (``rerank``); how many of the true neighbours came through is measured on a sample
-of the queries and stands in every result. The index is built once, saved, extended and queried.
+FAISS finds candidates by short codes (``codes``), then those that may be among the nearest are
+scored exactly on their sparse rows (``cascade``, ``rerank``); how many of the true neighbours came
+through is measured on a sample of the queries and stands in every result. The index is built once,
+saved, extended and queried.
 """
 
 import json
@@ -16,13 +17,12 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from scipy import sparse
 
+from sae_apps.selection.cascade import Found, rerank
 from sae_apps.selection.codes import Codes, IndexConfig
 from sae_apps.selection.rerank import (
     Part,
     Recall,
-    best,
     exact_bar,
-    exact_scores,
     n_rows_of,
     recall_of,
     sample_rows,
@@ -48,7 +48,10 @@ class SearchResult:
     recall: Recall | None
     """Share of the exact k nearest that were found, with its interval; None if not asked for."""
     n_candidates: int
-    """Rows scored exactly for each query."""
+    """Rows that FAISS handed over for each query."""
+    n_scored: float
+    """Of these, rows scored exactly, on average; the others could not have been among the k best,
+    as far as the scored ones tell (``cascade``)."""
     n_empty: int
     """Queries without an active latent: every score is 0, so any k rows are nearest."""
 
@@ -144,8 +147,9 @@ class SparseIndex:
 
         Args:
             queries: [q, d_sae], canonical CSR in float32.
-            n_candidates: rows scored exactly for each query; None: 50 k, at least 1,000. More
-                find more of the true neighbours.
+            n_candidates: rows that FAISS hands over for each query, of which those are scored
+                exactly that may be among the k best; None: 50 k, at least 1,000. More find more of
+                the true neighbours.
             recall_sample: queries whose exact neighbours are searched as well, for the recall;
                 each costs a pass over all rows. Drawn with the seed of the index.
         Raises:
@@ -167,22 +171,21 @@ class SparseIndex:
             self._search(sparse.csr_array(queries[start : start + block]), k, wanted)
             for start in range(0, shape_of(queries)[0], block)
         ]
-        places = np.concatenate([rows for rows, _ in found])
-        scores = np.concatenate([scores for _, scores in found])
+        places = np.concatenate([one.rows for one in found])
+        scores = np.concatenate([one.scores for one in found])
         recall = self._recall(queries, scores, k, recall_sample) if recall_sample > 0 else None
         return SearchResult(
             np.where(places < 0, -1, self.row_ids[places]),
             np.where(places < 0, np.float32(0), scores),
             recall,
             wanted,
+            sum(one.n_scored for one in found) / len(places),
             int((np.diff(queries.indptr) == 0).sum()),
         )
 
-    def _search(
-        self, queries: sparse.csr_array, k: int, n_candidates: int
-    ) -> tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
-        rows = np.sort(self.codes.candidates(queries, n_candidates, self.config), axis=1)
-        return best(rows, exact_scores(self.parts, queries, rows), k)
+    def _search(self, queries: sparse.csr_array, k: int, n_candidates: int) -> Found:
+        rows, near = self.codes.candidates(queries, n_candidates, self.config)
+        return rerank(self.parts, queries, rows, near, k)
 
     def _recall(
         self, queries: sparse.csr_array, scores: Float32[np.ndarray, "q k"], k: int, sample: int
