@@ -402,6 +402,17 @@ def test_a_geodataframe_has_the_places_of_the_weights():
         local.to_geodataframe(more.take(np.arange(39)))
 
 
+def test_explore_shows_the_labels_in_their_colours_without_tiles():
+    pytest.importorskip("folium")
+    pytest.importorskip("mapclassify")
+    lon, lat = scattered(40)
+    local = moran_local(np.outer(lat, [1.0, -1.0]), spatial_weights(lon, lat, k=4))
+    page = local.explore(places_at(lon, lat), 1, tiles=None).get_root().render()
+    for label in set(local.label[:, 1]):
+        assert label in page and COLOURS[label] in page
+    assert "High-High" in local.label[:, 1] and "cartocdn" not in page
+
+
 def test_without_folium_explore_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "folium", None)
     local = moran_local(features(40), knn(40))
