@@ -52,7 +52,7 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 figures: $(STAMP) ## draw results/figures from benchmarks/results
 	$(BIN)/python -m benchmarks.figures
 
-tables: $(STAMP) ## write the README's tables from benchmarks/results
+tables: $(STAMP) ## write the tables of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
 clean: ## remove caches and build products; keeps .venv and runs

@@ -1,7 +1,7 @@
-"""Write the README's tables from benchmarks/results, so that no number in it is typed by hand.
+"""Write the tables of README and docs from benchmarks/results: none of their numbers is typed.
 
-    python -m benchmarks.tables            rewrite README.md
-    python -m benchmarks.tables --check    exit 1 where the README is not what the results say
+    python -m benchmarks.tables            rewrite README.md and docs/*.md
+    python -m benchmarks.tables --check    exit 1 where a page is not what the results say
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `TABLES`.
 """
@@ -10,7 +10,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, cell, table
@@ -277,8 +278,29 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
 }
 
 
+def overview() -> str:
+    """Goals of every suite: how many are met, and which are not."""
+    rows = []
+    for file in dict.fromkeys(file for file, make in TABLES.values() if make is goals):
+        stated = json.loads((RESULTS / f"{file}.json").read_text())["goals"]
+        missed = [f"{g['name']} ({cell(g['value'])}, wanted {g['goal']})" for g in stated
+                  if not g["met"]]  # fmt: skip
+        rows.append({
+            "suite": file, "goals met": f"{len(stated) - len(missed)} of {len(stated)}",
+            "not met": _first(missed, 2).replace("|", "\\|") or "–",
+        })  # fmt: skip
+    return table(rows)
+
+
+def _first(texts: Sequence[str], n: int) -> str:
+    more = f"; and {len(texts) - n} more" if len(texts) > n else ""
+    return "; ".join(texts[:n]) + more
+
+
 def render(name: str) -> str:
     """One table with the line that says where its numbers come from."""
+    if name == "overview":
+        return f"{overview()}\n"
     file, make = TABLES[name]
     result = json.loads((RESULTS / f"{file}.json").read_text())
     origin = (
@@ -288,16 +310,25 @@ def render(name: str) -> str:
     return f"{make(result)}\n\n{origin}\n"
 
 
+def pages() -> list[Path]:
+    """README and the pages of docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def main() -> None:
-    """Rewrite or check the README."""
-    parser = argparse.ArgumentParser(description="Write the README's tables.")
+    """Rewrite or check all pages."""
+    parser = argparse.ArgumentParser(description="Write the tables of README and docs.")
     parser.add_argument("--check", action="store_true")
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = BLOCK.sub(lambda m: m.group(1) + render(m.group(2)) + m.group(3), old)
-    if parser.parse_args().check:
-        sys.exit(f"{readme.name} is not what benchmarks/results says" if old != new else 0)
-    atomic_write_text(readme, new)
+    is_check, stale = parser.parse_args().check, []
+    for page in pages():
+        old = page.read_text()
+        new = BLOCK.sub(lambda m: m.group(1) + render(m.group(2)) + m.group(3), old)
+        if old != new:
+            stale.append(page.name)
+            if not is_check:
+                atomic_write_text(page, new)
+    if is_check and stale:
+        sys.exit(f"{', '.join(stale)}: not what benchmarks/results says")
 
 
 if __name__ == "__main__":

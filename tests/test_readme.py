@@ -1,4 +1,4 @@
-"""The README's code runs, its commands parse, its tables are those of benchmarks/results."""
+"""Code of README and docs runs, commands parse, links lead on, tables are those of the results."""
 
 import re
 import shlex
@@ -9,13 +9,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^sae-apps .*(?:\\\n.*)*", README, re.MULTILINE)
+PAGES = {page: page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+TEXT = "\n".join(PAGES.values())
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = list(dict.fromkeys(re.findall(r"^sae-apps .*(?:\\\n.*)*", TEXT, re.MULTILINE)))
 
 
 def test_there_is_something_to_check():
-    assert len(BLOCKS) >= 3 and len(COMMANDS) >= 3 and "<!-- table:" in README
+    assert len(BLOCKS) >= 3 and len(COMMANDS) >= 3 and "<!-- table:" in TEXT
+    assert len(PAGES) >= 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", PAGES[page])
+    assert links
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if "runs/demo" not in b])
