@@ -20,9 +20,9 @@ from sae_apps.tasks import inspect as inspect_task
 from sae_apps.tasks.main import COMMANDS, main
 from sae_apps.tasks.progress import Progress
 from sae_apps.tasks.runs import read_metrics
+from tests.command import installed, refusal, run_json
 
 N_ROWS = 300
-COMMAND = Path(sys.executable).with_name("sae-apps")
 # Quantities of results.json that say how long and where, not what.
 VARYING = ("seconds", "wall_seconds", "peak_memory_bytes", "out", "machine")
 
@@ -74,25 +74,6 @@ def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
-def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
-    """The one JSON object that a command prints."""
-    capsys.readouterr()
-    assert main([*argv, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one sentence on stderr of a command that refuses its input."""
-    capsys.readouterr()
-    code = main(list(argv))
-    seen = capsys.readouterr()
-    assert code == 2, seen
-    lines = seen.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("sae-apps: error: "), seen.err
-    assert "Traceback" not in seen.err and seen.out == ""
-    return lines[0].removeprefix("sae-apps: error: ")
-
-
 def weights(run: Path) -> bytes:
     return (run / "sae" / "sae.safetensors").read_bytes()
 
@@ -140,11 +121,9 @@ def test_version_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_installed_command() -> None:
-    if not COMMAND.exists():
-        pytest.skip(f"The package is not installed in this environment: no {COMMAND.name} command.")
-    done = subprocess.run([COMMAND, "doctor", "--json"], capture_output=True, text=True)
+    done = subprocess.run([installed(), "doctor", "--json"], capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["torch"]["threads"] >= 1
-    done = subprocess.run([COMMAND, "train", "--d-sea", "3"], capture_output=True, text=True)
+    done = subprocess.run([installed(), "train", "--d-sea", "3"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "sae-apps: error: Unknown option --d-sea; the nearest is --d-sae.\n"
 
@@ -377,10 +356,8 @@ def test_a_killed_run_ends_as_if_unbroken(
 
 
 def test_sigterm_to_the_installed_command(arguments: list[str], tmp_path: Path) -> None:
-    if not COMMAND.exists():
-        pytest.skip(f"The package is not installed in this environment: no {COMMAND.name} command.")
     out = tmp_path / "x"
-    argv = [COMMAND, "train", *arguments, "--epochs", "4000", "--out", str(out)]
+    argv = [installed(), "train", *arguments, "--epochs", "4000", "--out", str(out)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:

@@ -5,7 +5,6 @@ import gzip
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,8 @@ from sae_apps.tasks import geo, geo_plan, geo_run
 from sae_apps.tasks.common import Interrupted
 from sae_apps.tasks.main import main
 from sae_core.store import load_features, verify_folder
+from tests.command import installed, refusal, run_json, train_small
 
-COMMAND = Path(sys.executable).with_name("sae-apps")
 N = 120
 # names that a model of stories can tell apart, in the west and in the east
 WORDS = (("Lily", "Tom", "Sam", "Ben"), ("cat", "dog", "bird", "fish"))
@@ -57,11 +56,8 @@ def data(
         texts = [json.loads(next(lines))["question"] for _ in range(40)]
     file = folder / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    argv = ["train", "--model", str(stories260k), "--text", str(file), "--tokens", "2k"]
-    argv += ["--d-sae", "128", "--k", "8", "--batch-size", "256", "--context-size", "64"]
-    argv += ["--eval-tokens", "500", "--loss-tokens", "100", "--quiet"]
-    assert main([*argv, "--out", str(folder / "run")]) == 0
-    return {"run": str(folder / "run"), "places": write_places(folder / "places.csv")}
+    run = train_small(stories260k, file, folder / "run")
+    return {"run": run, "places": write_places(folder / "places.csv")}
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +73,6 @@ def made(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path
 def arguments(data: dict[str, str], out: object, *more: str) -> list[str]:
     argv = ["geo", "--run", data["run"], "--places", data["places"], "--out", str(out)]
     return [*argv, *QUICK, *more]
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one sentence of a command that refuses its input."""
-    capsys.readouterr()
-    assert main(list(argv)) == 2
-    seen = capsys.readouterr()
-    lines = seen.err.splitlines()
-    assert len(lines) == 1 and seen.out == "" and "Traceback" not in seen.err, seen
-    return lines[0]
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
-    capsys.readouterr()
-    assert main([*argv, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,9 +354,7 @@ def test_groups_follow_the_countries_that_were_asked_for() -> None:
 
 
 def test_installed_command(data: dict[str, str], made: Path) -> None:
-    if not COMMAND.exists():
-        pytest.skip(f"The package is not installed in this environment: no {COMMAND.name} command.")
     argv = arguments(data, made)
     argv[argv.index("none")] = "svg"
-    done = subprocess.run([COMMAND, *argv], capture_output=True, text=True)
+    done = subprocess.run([installed(), *argv], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "120 places" in done.stdout

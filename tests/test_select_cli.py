@@ -22,8 +22,8 @@ from sae_apps.selection.select import select
 from sae_apps.tasks.common import Interrupted
 from sae_apps.tasks.main import main
 from sae_apps.tasks.progress import Progress
+from tests.command import installed, refusal, run_json, train_small
 
-COMMAND = Path(sys.executable).with_name("sae-apps")
 N_EACH = 40  # rows of each of the two kinds in the pool
 # quick, and enough for this model to tell problems from programs
 HOW = ("--max-len", "64", "--metric", "cosine", "--weights", "idf")
@@ -62,11 +62,8 @@ def data(
     text = write(
         folder / "text.jsonl", [{"text": r["prompt"]} for r in rows["math"] + rows["code"]]
     )
-    argv = ["train", "--model", str(stories260k), "--text", text, "--tokens", "2k"]
-    argv += ["--d-sae", "128", "--k", "8", "--batch-size", "256", "--context-size", "64"]
-    argv += ["--eval-tokens", "500", "--loss-tokens", "100", "--quiet"]
-    assert main([*argv, "--out", str(folder / "run")]) == 0
-    return made | {"run": str(folder / "run")}
+    run = train_small(stories260k, text, folder / "run")
+    return made | {"run": run}
 
 
 @pytest.fixture(scope="module")
@@ -90,22 +87,6 @@ def chosen(path: Path) -> list[dict]:
 
 def reusing(encoded: Path) -> tuple[str, str]:
     return "--features", str(encoded / "features")
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one sentence of a command that refuses its input."""
-    capsys.readouterr()
-    assert main(list(argv)) == 2
-    seen = capsys.readouterr()
-    lines = seen.err.splitlines()
-    assert len(lines) == 1 and seen.out == "" and "Traceback" not in seen.err, seen
-    return lines[0]
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
-    capsys.readouterr()
-    assert main([*argv, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,11 +358,9 @@ def test_a_signal_while_files_are_written(
 
 
 def test_installed_command(data: dict[str, str], encoded: Path, tmp_path: Path) -> None:
-    if not COMMAND.exists():
-        pytest.skip(f"The package is not installed in this environment: no {COMMAND.name} command.")
     out = tmp_path / "picks.jsonl"
     argv = arguments(data, "math", out, *reusing(encoded))
-    done = subprocess.run([COMMAND, *argv], capture_output=True, text=True)
+    done = subprocess.run([installed(), *argv], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "8 of 80 rows" in done.stdout
     assert out.read_bytes() == (encoded / "picks.jsonl").read_bytes()
 
