@@ -113,6 +113,11 @@ def _lines(*path: str) -> Iterator[str]:
             yield line.rstrip("\r\n")
 
 
+def is_text(text: str) -> bool:
+    """At least two words: of a single token nothing is left once the first has no context."""
+    return len(text.split()) >= 2
+
+
 def _passages(text: str, n: int) -> Iterator[str]:
     """Pieces of n characters, ended at a space; what is left over is dropped."""
     text, start = " ".join(text.split()), 0
@@ -127,7 +132,7 @@ def _paradetox() -> Rows:
     for i, row in enumerate(
         csv.DictReader(_lines("paradetox", "paradetox.tsv.gz"), delimiter="\t")
     ):
-        if row["toxic"].strip() and (row["neutral1"] or "").strip():
+        if all(is_text(row[side] or "") for side in ("toxic", "neutral1")):
             yield row["toxic"], "toxic", i
             yield row["neutral1"], "neutral", i
 
@@ -138,14 +143,16 @@ def _hate_offensive() -> Rows:
         _file("hate_offensive", "labeled_data.csv.gz"), "rt", encoding="utf-8", newline=""
     ) as lines:
         for i, row in enumerate(csv.DictReader(lines)):
-            yield row["tweet"], names[int(row["class"])], i
+            if is_text(row["tweet"]):
+                yield row["tweet"], names[int(row["class"])], i
 
 
 def _goemotions() -> Rows:
     names = list(_lines("goemotions", "labels.txt.gz"))
     for i, line in enumerate(_lines("goemotions", "train.tsv.gz")):
         text, ids, _ = line.split("\t")
-        if "," not in ids and names[int(ids)] in (*EMOTIONS, "neutral"):
+        is_one = "," not in ids and names[int(ids)] in (*EMOTIONS, "neutral")
+        if is_one and is_text(text):
             yield text, names[int(ids)], i
 
 

@@ -10,11 +10,19 @@ import torch
 import benchmarks.suppression as suite
 from sae_apps.suppression.concepts import LabelledTexts
 from sae_apps.suppression.curves import Curve, crossing, matched, resample
-from sae_apps.suppression.evaluate import EvaluationConfig, Labelled, Trial, evaluate
-from sae_apps.suppression.likelihood import ReadConfig, read_texts
+from sae_apps.suppression.evaluate import (
+    EvaluationConfig,
+    Labelled,
+    Reader,
+    Trial,
+    erasure,
+    evaluate,
+)
+from sae_apps.suppression.likelihood import ReadConfig, pool_texts, read_plain, read_texts
 from sae_apps.suppression.lineup import fit_rivals, token_sample
 from sae_apps.suppression.probes import Probe, balanced_accuracy, fit_probe
 from sae_apps.suppression.rivals import PromptEdit, at_strength
+from sae_apps.suppression.suppress import suppress
 from sae_apps.suppression.trial import make_trial
 from sae_apps.suppression.units import open_units
 from sae_core.errors import UserError
@@ -368,13 +376,67 @@ def test_a_killed_run_of_the_suite_goes_on(tmp_path: Path) -> None:
     assert key(cells[0]) != suite.cell_key(cells[0], suite.SIZES["full"], ["model"])
 
 
-def test_the_goal_needs_intervals_apart() -> None:
-    def row(method: str, low: float, high: float) -> dict:
-        return {"concept": "c", "method": method, "at": 0.8, "strength": 1.0,
-                "perplexity_increase": (low + high) / 2, "perplexity_increase_low": low,
-                "perplexity_increase_high": high}  # fmt: skip
+def goal_row(method: str, low: float, high: float, seed: int = 0, at: str = "80%") -> dict:
+    return {
+        "concept": "c", "method": method, "units": "u", "at": at, "strength": 1.0, "seed": seed,
+        "perplexity_increase": (low + high) / 2, "perplexity_increase_low": low,
+        "perplexity_increase_high": high, "draws": [low, (low + high) / 2, high],
+    }  # fmt: skip
 
-    assert suite.goals([row("app", 1, 2), row("leace", 3, 4)])[0].value == 1
-    assert suite.goals([row("app", 1, 3.5), row("leace", 3, 4)])[0].value == 0
-    assert suite.goals([row("leace", 3, 4)])[0].value == 0
-    assert suite.goals([row("app", 5, 6), row("leace", 3, 4)])[0].value == 0
+
+def test_the_goal_needs_intervals_apart_at_every_seed() -> None:
+    def won(*rows: dict) -> tuple[float, ...]:
+        """Concepts with intervals apart, with that of the difference below 0, least on average."""
+        return tuple(goal.value for goal in suite.goals(list(rows)))
+
+    assert won(goal_row("app", 1, 2), goal_row("leace", 3, 4)) == (1, 1, 1)
+    assert won(goal_row("app", 1, 3.5), goal_row("leace", 3, 4)) == (0, 1, 1)
+    assert won(goal_row("app", 1, 6), goal_row("leace", 3, 5)) == (0, 0, 1)
+    assert won(goal_row("app", 5, 6), goal_row("leace", 3, 4)) == (0, 0, 0)
+    assert won(goal_row("leace", 3, 4)) == (0, 0, 0)
+    elsewhere = goal_row("leace", 9, 9, at="60%")
+    assert won(goal_row("app", 5, 6), elsewhere) == (1, 1, 1)  # no rival gets there
+    second = goal_row("app", 1, 5, 1), goal_row("leace", 4, 6, 1)
+    assert won(goal_row("app", 1, 2), goal_row("leace", 3, 4), *second) == (0, 1, 1)
+    never = goal_row("leace", 0, 0, 1) | {"strength": None}  # one seed never gets there
+    assert won(goal_row("app", 1, 2), goal_row("leace", 0, 0), never) == (1, 1, 1)
+
+
+def test_the_least_strength_is_found_between_points_of_the_grid(
+    tiny_lm: LanguageModel, trial: Trial, direction: object
+) -> None:
+    reader = Reader(tiny_lm, HOOK)
+    reached: dict[float, float] = {}
+    found = suite.least_strength(reader, direction, trial, 0.6, reached)
+    assert found is not None and reached[found] >= 0.6
+    smaller = [erased for strength, erased in reached.items() if strength < found]
+    assert smaller and max(smaller) < 0.6
+    assert suite.least_strength(reader, Shift(), trial, 2.0, {}) is None  # more than everything
+
+
+def test_readings_from_kept_states_are_those_of_whole_passes(tiny_lm: LanguageModel) -> None:
+    edits = [Shift(2.0), PromptEdit("Be kind. "), Shift(0.0)]
+    plain = read_plain(tiny_lm, TEXTS, HOOK)
+    assert plain.can_resume
+    whole = read_texts(tiny_lm, replace(plain, can_resume=False, logits={}), edits, HOOK)
+    for fast, slow in zip(read_texts(tiny_lm, plain, edits, HOOK), whole, strict=True):
+        assert np.abs(fast.nll - slow.nll).max() < 1e-3 * slow.nll.mean()
+        assert np.abs(fast.kl - slow.kl).max() < 1e-4
+        assert np.abs(fast.pooled - slow.pooled).max() < 1e-5
+    elsewhere = read_plain(tiny_lm, TEXTS, "layers.4.out")  # behind the edit: a pass is needed
+    with suppress(tiny_lm, Shift(2.0)):
+        expected = pool_texts(tiny_lm, read_plain(tiny_lm, TEXTS, "layers.4.out"), [])[0]
+    found = pool_texts(tiny_lm, elsewhere, [Shift(2.0)])
+    assert np.abs(found[1] - expected).max() < 1e-5 < np.abs(found[0] - expected).max()
+
+
+def test_erasure_is_that_of_the_whole_evaluation(
+    tiny_lm: LanguageModel, trial: Trial, direction: object
+) -> None:
+    reader = Reader(tiny_lm, HOOK)
+    curve = evaluate(tiny_lm, direction, trial, CONFIG, method="direction", reader=reader)
+    found = erasure(reader, direction, trial, CONFIG.strengths)
+    assert found.tolist() == curve.columns["erased_fixed"].tolist() and found[-1] > 0.6
+    other = Reader(tiny_lm, "layers.4.out")
+    with pytest.raises(UserError, match="a reader of layers.2.out, got one of layers.4.out"):
+        evaluate(tiny_lm, direction, trial, CONFIG, method="direction", reader=other)

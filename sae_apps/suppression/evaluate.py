@@ -11,16 +11,22 @@ over seeds of the split shows the rest. Protocol: as NeuronLens, at the matched 
 of GeoAE; the likelihood gap and the refitted probe are additions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_apps.suppression.curves import Curve, check_strengths, resample
-from sae_apps.suppression.likelihood import ReadConfig, Reading, read_texts
+from sae_apps.suppression.likelihood import (
+    PlainTexts,
+    ReadConfig,
+    Reading,
+    pool_texts,
+    read_plain,
+    read_texts,
+)
 from sae_apps.suppression.probes import CHANCE, Probe, check_labels, fit_probe
 from sae_apps.suppression.rivals import at_strength
 from sae_core.errors import UserError
@@ -108,8 +114,54 @@ class EvaluationConfig:
 Both = tuple[Float[np.ndarray, " s"], Float[np.ndarray, "b s"]]  # on all documents, on resamples
 
 
+class Reader:
+    """Reads a trial's texts at one place; what the plain model makes of them is kept."""
+
+    def __init__(self, lm: LanguageModel, read_at: str, config: ReadConfig | None = None) -> None:
+        self.lm, self.read_at, self.config = lm, read_at, config or ReadConfig()
+        self._plain: dict[tuple[str, ...], PlainTexts] = {}
+
+    def plain(self, texts: Sequence[str]) -> PlainTexts:
+        """The plain model's states, from the second time on without a pass."""
+        key = tuple(texts)
+        if key not in self._plain:
+            self._plain[key] = read_plain(self.lm, texts, self.read_at, self.config)
+        return self._plain[key]
+
+    def pool(
+        self, texts: Sequence[str], edits: Sequence[Any]
+    ) -> list[Float[np.ndarray, "n d"]]:
+        """Mean activations of the texts: plain, then under each edit."""
+        return pool_texts(self.lm, self.plain(texts), edits)
+
+    def read(self, texts: Sequence[str], edits: Sequence[Any]) -> list[Reading]:
+        """Likelihoods as well."""
+        return read_texts(self.lm, self.plain(texts), edits, self.read_at)
+
+
+def erasure(
+    reader: Reader, edit: Any, trial: Trial, strengths: Sequence[float], penalty: float = 0.05
+) -> Float[np.ndarray, " s"]:
+    """``erased_fixed`` at each strength: one pass over the texts, whatever the strengths.
+
+    Raises:
+        UserError: a concept that no probe of the plain model tells apart.
+    """
+    edits = [at_strength(edit, s) for s in strengths]
+    train, test = reader.pool(trial.train.texts, []), reader.pool(trial.test.texts, edits)
+    right = _right(train, test, trial.train, trial.test, penalty, False)
+    label = trial.test.is_concept
+    return _erased(_accuracies(right, label, np.ones((1, len(label)), dtype=np.int64))[0])[1:]
+
+
 def evaluate(
-    lm: LanguageModel, edit: Any, trial: Trial, config: EvaluationConfig, *, method: str
+    lm: LanguageModel,
+    edit: Any,
+    trial: Trial,
+    config: EvaluationConfig,
+    *,
+    method: str,
+    reader: Reader | None = None,
 ) -> Curve:
     """The curve of one edit.
 
@@ -117,6 +169,8 @@ def evaluate(
         edit: any edit with ``hook_point``, ``strength`` and ``apply``, or a ``PromptEdit``.
         trial: the texts.
         method: its name in the tables.
+        reader: of this model, which has read the texts for another edit; in place of
+            ``config.read`` and ``config.read_at``.
     Returns:
         Columns: ``accuracy_fixed``, ``erased_fixed``, ``accuracy_refitted``, ``erased_refitted``,
         ``perplexity``, ``perplexity_increase``, ``kl`` [nats a token]; with pairs ``gap`` and
@@ -129,9 +183,11 @@ def evaluate(
     read_at = config.read_at or getattr(edit, "hook_point", None)
     if read_at is None:
         raise UserError("Expected read_at for an instruction, which has no hook point, got None.")
+    reader = reader or Reader(lm, read_at, config.read)
+    if reader.read_at != read_at:
+        raise UserError(f"Expected a reader of {read_at}, got one of {reader.read_at}.")
     strengths = np.asarray(config.strengths, dtype=np.float64)
     edits = [at_strength(edit, s) for s in strengths[1:]]
-    read = partial(read_texts, lm, edits=edits, read_at=read_at, config=config.read)
     rng = np.random.default_rng(config.seed)
     columns: dict[str, np.ndarray] = {}
     draws: dict[str, np.ndarray] = {}
@@ -139,35 +195,37 @@ def evaluate(
     def add(name: str, both: tuple[np.ndarray, np.ndarray]) -> None:
         columns[name], draws[name] = both
 
-    test, weight = read(trial.test.texts), resample(trial.test.group, config.n_draws, rng)
+    weight = resample(trial.test.group, config.n_draws, rng)
     weight = _with_both_classes(weight, trial.test.is_concept)
-    train = read(trial.train.texts)
+    train, test = (reader.pool(part.texts, edits) for part in (trial.train, trial.test))
     for kind in ("fixed", "refitted"):
         right = _right(train, test, trial.train, trial.test, config.penalty, kind == "refitted")
         accuracy = _accuracies(right, trial.test.is_concept, weight)
         add(f"accuracy_{kind}", accuracy)
         add(f"erased_{kind}", (_erased(accuracy[0]), _erased(accuracy[1], accuracy[0])))
-    neutral = read(trial.neutral)
+    neutral = reader.read(trial.neutral, edits)
     again = resample(np.arange(len(trial.neutral)), config.n_draws, rng)
     for name, both in _damage(neutral, again).items():
         add(name, both)
     if len(trial.pairs):
-        gap = _gap(test, trial.pairs, weight)
+        gap = _gap(reader, edits, trial, weight)
         add("gap", gap)
         add("gap_change", (gap[0] - gap[0][0], gap[1] - gap[1][:, :1]))
-    for name, both in _others(read, trial, config, rng).items():
+    for name, both in _others(reader, edits, trial, config, rng).items():
         add(name, both)
     how = {
-        "read_at": read_at, "n_train": len(trial.train.texts), "n_test": len(trial.test.texts),
+        "read_at": reader.read_at,
+        "n_train": len(trial.train.texts), "n_test": len(trial.test.texts),
         "n_neutral": len(trial.neutral), "n_pairs": len(trial.pairs), "seed": config.seed,
         "n_draws": config.n_draws, "penalty": config.penalty,
-        "context_size": config.read.context_size,
+        "context_size": reader.config.context_size,
     }  # fmt: skip
     return Curve(method, trial.concept, strengths, columns, draws, how)
 
 
 def _others(
-    read: Callable[..., list[Reading]],
+    reader: Reader,
+    edits: Sequence[Any],
     trial: Trial,
     config: EvaluationConfig,
     rng: np.random.Generator,
@@ -176,8 +234,8 @@ def _others(
     found: dict[str, Both] = {}
     lost: list[Both] = []
     for name, (train, test) in trial.others.items():
-        plain, readings = read(train.texts, edits=[]), read(test.texts)
-        right = _right(plain, readings, train, test, config.penalty, False)
+        plain, pooled = reader.pool(train.texts, []), reader.pool(test.texts, edits)
+        right = _right(plain, pooled, train, test, config.penalty, False)
         weight = resample(test.group, config.n_draws, rng)
         point, many = _accuracies(
             right, test.is_concept, _with_both_classes(weight, test.is_concept)
@@ -192,21 +250,21 @@ def _others(
 
 
 def _right(
-    train: Sequence[Reading],
-    test: Sequence[Reading],
+    train: Sequence[Float[np.ndarray, "m d"]],
+    test: Sequence[Float[np.ndarray, "n d"]],
     train_labels: Labelled,
     test_labels: Labelled,
     penalty: float,
     refit: bool,
 ) -> Bool[np.ndarray, "s n"]:
     """Whether the probe is right about each test text, at each strength."""
-    fixed = fit_probe(train[0].pooled, train_labels.is_concept, penalty=penalty)
+    fixed = fit_probe(train[0], train_labels.is_concept, penalty=penalty)
     found = []
-    for place, reading in enumerate(test):
+    for place, pooled in enumerate(test):
         probe: Probe = fixed
         if refit and place:
-            probe = fit_probe(train[place].pooled, train_labels.is_concept, penalty=penalty)
-        found.append(probe.is_right(reading.pooled, test_labels.is_concept))
+            probe = fit_probe(train[place], train_labels.is_concept, penalty=penalty)
+        found.append(probe.is_right(pooled, test_labels.is_concept))
     return np.stack(found)
 
 
@@ -265,20 +323,16 @@ def _damage(
 
 
 def _gap(
-    readings: Sequence[Reading], pairs: Int[np.ndarray, "m 2"], weight: Int[np.ndarray, "b n"]
-) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, "b s"]]:
+    reader: Reader, edits: Sequence[Any], trial: Trial, weight: Int[np.ndarray, "b n"]
+) -> Both:
     """nll a token of concept texts minus that of their rewrites, each a ratio of sums."""
-    tokens = readings[0].n_tokens.astype(np.float64)
-    nll = np.stack([one.nll for one in readings], axis=1)
-
-    def rate(times: np.ndarray, side: int) -> np.ndarray:
-        place = pairs[:, side]
-        # a pair counts as often as its concept text was drawn, both sides alike
-        times = times[:, pairs[:, 0]].astype(np.float64)
-        total = times @ tokens[place]
-        return times @ nll[place] / np.maximum(total, 1.0)[:, None]
-
-    def gap(times: np.ndarray) -> np.ndarray:
-        return rate(times, 0) - rate(times, 1)
-
-    return gap(np.ones((1, len(tokens))))[0], gap(weight)
+    sides = []
+    # a pair counts as often as its concept text was drawn, both sides alike
+    times = weight[:, trial.pairs[:, 0]].astype(np.float64)
+    every = np.ones((1, len(trial.pairs)))
+    for side in (0, 1):
+        readings = reader.read([trial.test.texts[i] for i in trial.pairs[:, side]], edits)
+        tokens = readings[0].n_tokens.astype(np.float64)
+        nll = np.stack([one.nll for one in readings], axis=1)
+        sides.append([t @ nll / np.maximum(t @ tokens, 1.0)[:, None] for t in (every, times)])
+    return (sides[0][0] - sides[1][0])[0], sides[0][1] - sides[1][1]

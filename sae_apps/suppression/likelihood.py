@@ -6,26 +6,38 @@
 p is the plain model, p' the edited one (``suppress``, scope text); sums over the tokens of the text
 without special ones and without its first, which no text of its own goes before. The same tokens
 are pooled. An instruction before the text is context only: its tokens are neither scored nor
-pooled. One pass of a batch for each edit; memory is one batch of logits, whatever the text.
+pooled.
+
+The plain model reads a text once (``PlainTexts``). An edit at the place where it was read then acts
+on the kept states, and a pass for its likelihood starts there (``sae_core.resume``); any other edit
+takes a whole pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_apps.suppression.rivals import PromptEdit
-from sae_apps.suppression.suppress import suppress
+from sae_apps.suppression.suppress import edited, suppress
 from sae_core.errors import UserError
-from sae_core.hooks import HookPoint, replace_value, resolve_hook_point
+from sae_core.hooks import (
+    HookPoint,
+    decoder_blocks,
+    read_and_stop,
+    resolve_hook_point,
+)
 from sae_core.models import LanguageModel
+from sae_core.resume import layer_of, resume_from
 
 _LOGIT_BYTES = 1 << 28  # float32 logits of a batch
+_KEPT_BYTES = 1 << 30  # logits of the plain model, kept between calls up to here
+_CHUNK = 128  # tokens whose distributions are compared at once: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,86 @@ class _Line(NamedTuple):
     is_scored: list[bool]
 
 
+class _Batch(NamedTuple):
+    lines: list[_Line]
+    ids: Int[Tensor, "b t"]
+    mask: Int[Tensor, "b t"]
+    scored: Bool[Tensor, "b t"]
+    state: Float[Tensor, "b t d"]
+    """At the place of the reading."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {"input_ids": self.ids, "attention_mask": self.mask}
+
+
+@dataclass(frozen=True, eq=False)
+class PlainTexts:
+    """Texts with the plain model's states at one place; made by ``read_plain``."""
+
+    point: HookPoint
+    """The place."""
+    config: ReadConfig
+    """How they were read."""
+    n_tokens: Int[np.ndarray, " n"]
+    """Scored tokens of each text."""
+    batches: list[_Batch]
+    """Texts of similar length together."""
+    can_resume: bool
+    """Whether a pass may start behind the place."""
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """Of the plain model at the scored tokens, by number of the batch, as far as they are kept."""
+
+
+def read_plain(
+    lm: LanguageModel, texts: Sequence[str], read_at: str, config: ReadConfig | None = None
+) -> PlainTexts:
+    """Read texts up to a place; memory grows with the tokens.
+
+    Args:
+        texts: n texts of at least two tokens each.
+        read_at: hook point whose activations are pooled, after the edit where it is the edited
+            one.
+    Raises:
+        UserError: no texts, a text of fewer than two tokens, or an unknown hook point.
+    """
+    config = config or ReadConfig()
+    if not texts:
+        raise UserError("Expected at least one text to read, got none.")
+    point = resolve_hook_point(lm.model, read_at)
+    rows = _tokenised(lm, texts, config)
+    batches = []
+    for lines in _batches(lm, rows, config):
+        ids, mask, scored = _padded(lm, lines, [])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        state = read_and_stop(lm.model, [point], inputs)[point.name]
+        batches.append(_Batch(lines, ids, mask, scored, state))
+    n_tokens = np.array([sum(row.is_scored) for row in rows])
+    return PlainTexts(point, config, n_tokens, batches, _can_resume(lm, point, batches[0]))
+
+
+@torch.no_grad()
+def pool_texts(
+    lm: LanguageModel, plain: PlainTexts, edits: Sequence[Any]
+) -> list[Float[np.ndarray, "n d"]]:
+    """Mean activations of every text: plain, then under each edit.
+
+    Raises:
+        UserError: an instruction that leaves no room for the text.
+    """
+    _check_room(lm, edits, plain.config)
+    found: list[list[np.ndarray]] = [[] for _ in (None, *edits)]
+    for batch in plain.batches:
+        for parts, edit in zip(found, (None, *edits), strict=True):
+            parts.append(_pooled(_state(lm, plain, batch, edit)))
+    order = np.argsort([line.place for batch in plain.batches for line in batch.lines])
+    return [np.concatenate(parts)[order] for parts in found]
+
+
+@torch.no_grad()
 def read_texts(
     lm: LanguageModel,
-    texts: Sequence[str],
+    texts: Sequence[str] | PlainTexts,
     edits: Sequence[Any],
     read_at: str,
     config: ReadConfig | None = None,
@@ -82,41 +171,136 @@ def read_texts(
     """Read texts with the plain model and under every edit.
 
     Args:
-        texts: n texts of at least two tokens each.
+        texts: as in ``read_plain``, or what it made of them (at the same place).
         edits: edits with ``hook_point`` and ``apply``, or ``PromptEdit``.
-        read_at: hook point whose activations are pooled, after the edit where it is the edited
-            one.
+        read_at: as there.
     Returns:
         The plain reading, then one for each edit.
     Raises:
-        UserError: no texts, a text of fewer than two tokens, an unknown hook point, or an
-            instruction that leaves no room for the text.
+        UserError: as ``read_plain``, or an instruction that leaves no room for the text.
     """
-    config = config or ReadConfig()
-    if not texts:
-        raise UserError("Expected at least one text to read, got none.")
-    point = resolve_hook_point(lm.model, read_at)
-    rows = _tokenised(lm, texts, config)
-    everything: list[Any] = [None, *edits]
-    for edit in edits:
-        _check_room(lm, edit, config)
-    n = len(texts)
-    sums = [[np.zeros(n), np.zeros(n), np.zeros((0, 0))] for _ in everything]
-    n_tokens = np.array([sum(row.is_scored) for row in rows])
-    with torch.no_grad():
-        for batch in _batches(lm, rows, config):
-            plain: Tensor | None = None
-            places = [line.place for line in batch]
-            for total, edit in zip(sums, everything, strict=True):
-                log_p, pooled = _run(lm, batch, edit, point)
-                plain = log_p if plain is None else plain
-                total[0][places] = _nll(log_p, batch)
-                if edit is not None:
-                    total[1][places] = _by_line((plain.exp() * (plain - log_p)).sum(-1), batch)
-                if not total[2].size:
-                    total[2] = np.zeros((n, pooled.shape[1]), dtype=np.float32)
-                total[2][places] = pooled
-    return [Reading(nll, kl, n_tokens, pooled) for nll, kl, pooled in sums]
+    plain = texts if isinstance(texts, PlainTexts) else read_plain(lm, texts, read_at, config)
+    pooled = pool_texts(lm, plain, edits)
+    sums = [np.zeros((2, len(plain.n_tokens))) for _ in pooled]
+    for number, batch in enumerate(plain.batches):
+        places = [line.place for line in batch.lines]
+        base, target = _plain_logits(lm, plain, number), _targets(batch.lines).to(lm.device)
+        sums[0][0, places] = _by_line(_compare(base, None, target)[0], batch.lines)
+        for total, edit in zip(sums[1:], edits, strict=True):
+            found = _compare(base, _logits(lm, plain, batch, edit), target)
+            for row, values in zip(total, found, strict=True):
+                row[places] = _by_line(values, batch.lines)
+    return [
+        Reading(nll, kl, plain.n_tokens, mean)
+        for (nll, kl), mean in zip(sums, pooled, strict=True)
+    ]
+
+
+# ---- one batch under one edit ----
+
+
+class _Seen(NamedTuple):
+    value: Float[Tensor, "b t d"]
+    scored: Bool[Tensor, "b t"]
+
+
+def _is_here(lm: LanguageModel, plain: PlainTexts, edit: Any) -> bool:
+    """Whether the edit acts on the kept states."""
+    if edit is None or isinstance(edit, PromptEdit):
+        return False
+    place = resolve_hook_point(lm.model, edit.hook_point)
+    return (place.path, place.side) == (plain.point.path, plain.point.side)
+
+
+def _state(lm: LanguageModel, plain: PlainTexts, batch: _Batch, edit: Any) -> _Seen:
+    """The (edited) value at the place of the reading."""
+    if edit is None:
+        return _Seen(batch.state, batch.scored)
+    if _is_here(lm, plain, edit):
+        return _Seen(edited(lm, edit, batch.state, batch.inputs), batch.scored)
+    ids, mask, scored = _padded(lm, batch.lines, _prefix(lm, edit))
+    with _applied(lm, edit):
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return _Seen(read_and_stop(lm.model, [plain.point], inputs)[plain.point.name], scored)
+
+
+def _pooled(seen: _Seen) -> Float[np.ndarray, "b d"]:
+    weight = seen.scored.float()
+    total = torch.einsum("bt,btd->bd", weight, seen.value.float())
+    return (total / weight.sum(1, keepdim=True)).cpu().numpy()
+
+
+def _logits(
+    lm: LanguageModel, plain: PlainTexts, batch: _Batch, edit: Any
+) -> Float[Tensor, "n vocabulary"]:
+    """Of what follows each token before a scored one."""
+    if plain.can_resume and (edit is None or _is_here(lm, plain, edit)):
+        value = _state(lm, plain, batch, edit).value
+        with resume_from(lm.model, plain.point, value):
+            return _scored_logits(lm, batch.inputs, batch.scored)
+    ids, mask, scored = _padded(lm, batch.lines, _prefix(lm, edit))
+    with _applied(lm, edit):
+        return _scored_logits(lm, {"input_ids": ids, "attention_mask": mask}, scored)
+
+
+def _scored_logits(
+    lm: LanguageModel, inputs: Mapping[str, Tensor], scored: Bool[Tensor, "b t"]
+) -> Float[Tensor, "n vocabulary"]:
+    return lm.model(**inputs, use_cache=False).logits[:, :-1][scored[:, 1:]]
+
+
+def _plain_logits(lm: LanguageModel, plain: PlainTexts, number: int) -> Tensor:
+    if number in plain.logits:
+        return plain.logits[number]
+    found = _logits(lm, plain, plain.batches[number], None)
+    kept = sum(one.nbytes for one in plain.logits.values())
+    if kept + found.nbytes <= _KEPT_BYTES:
+        plain.logits[number] = found
+    return found
+
+
+def _compare(
+    base: Float[Tensor, "n vocabulary"],
+    logits: Float[Tensor, "n vocabulary"] | None,
+    target: Int[Tensor, " n"],
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """nll of each token by the logits (None: by the base), and KL from the base to them."""
+    nll, kl = [], []
+    for start in range(0, len(target), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        log_p = base[part].float().log_softmax(-1)
+        log_q = log_p if logits is None else logits[part].float().log_softmax(-1)
+        nll.append(-log_q.gather(1, target[part, None]).squeeze(1))
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(nll), torch.cat(kl)
+
+
+def _targets(lines: Sequence[_Line]) -> Int[Tensor, " n"]:
+    pairs = (zip(line.ids, line.is_scored, strict=True) for line in lines)
+    return torch.tensor([token for line in pairs for token, scored in line if scored])
+
+
+def _applied(lm: LanguageModel, edit: Any) -> Any:
+    is_hooked = edit is not None and not isinstance(edit, PromptEdit)
+    return suppress(lm, edit) if is_hooked else nullcontext()
+
+
+@torch.no_grad()
+def _can_resume(lm: LanguageModel, point: HookPoint, batch: _Batch) -> bool:
+    """A pass that starts from the plain states must end where a whole pass does."""
+    if layer_of(point, decoder_blocks(lm.model)[0]) is None:
+        return False
+    inputs = {name: one[:1] for name, one in batch.inputs.items()}
+    whole = lm.model(**inputs, use_cache=False).logits
+    try:
+        with resume_from(lm.model, point, batch.state[:1]):
+            again = lm.model(**inputs, use_cache=False).logits
+    except (TypeError, ValueError, IndexError, AttributeError):  # blocks of another kind
+        return False
+    return again.shape == whole.shape and bool(torch.allclose(again, whole, rtol=1e-3, atol=1e-3))
+
+
+# ---- texts to batches ----
 
 
 def _tokenised(lm: LanguageModel, texts: Sequence[str], config: ReadConfig) -> list[_Line]:
@@ -138,13 +322,14 @@ def _prefix(lm: LanguageModel, edit: Any) -> list[int]:
     return list(lm.tokenizer(edit.prefix, add_special_tokens=False)["input_ids"])
 
 
-def _check_room(lm: LanguageModel, edit: Any, config: ReadConfig) -> None:
-    room = lm.max_positions - len(_prefix(lm, edit))
-    if room < config.context_size:
-        raise UserError(
-            f"Expected an instruction that leaves {config.context_size} of the model's "
-            f"{lm.max_positions} positions, got {max(0, room)} left."
-        )
+def _check_room(lm: LanguageModel, edits: Sequence[Any], config: ReadConfig) -> None:
+    for edit in edits:
+        room = lm.max_positions - len(_prefix(lm, edit))
+        if room < config.context_size:
+            raise UserError(
+                f"Expected an instruction that leaves {config.context_size} of the model's "
+                f"{lm.max_positions} positions, got {max(0, room)} left."
+            )
 
 
 def _batches(lm: LanguageModel, rows: Sequence[_Line], config: ReadConfig) -> Iterator[list[_Line]]:
@@ -159,47 +344,23 @@ def _batches(lm: LanguageModel, rows: Sequence[_Line], config: ReadConfig) -> It
     yield batch
 
 
-def _run(
-    lm: LanguageModel, batch: list[_Line], edit: Any, point: HookPoint
-) -> tuple[Float[Tensor, "n vocabulary"], Float[np.ndarray, "b d"]]:
-    """log p of what follows each token before a scored one, and pooled activations."""
-    before = _prefix(lm, edit)
-    lines = [[*row.ids[: row.first], *before, *row.ids[row.first :]] for row in batch]
-    width = max(map(len, lines))
-    ids = torch.zeros(len(batch), width, dtype=torch.int64)
-    mask, scored = torch.zeros_like(ids), torch.zeros(len(batch), width, dtype=torch.bool)
-    for i, (line, row) in enumerate(zip(lines, batch, strict=True)):
-        ids[i, : len(line)] = torch.tensor(line)
-        mask[i, : len(line)] = 1
-        start = row.first + len(before)
-        scored[i, start : len(line)] = torch.tensor(row.is_scored[row.first :])
-    ids, mask, scored = ids.to(lm.device), mask.to(lm.device), scored.to(lm.device)
-    kept: list[Tensor] = []
-
-    def look(value: Tensor) -> Tensor:
-        weight = scored.float()
-        total = torch.einsum("bt,btd->bd", weight, value.float())
-        kept.append(total / weight.sum(1, keepdim=True))
-        return value
-
-    is_hooked = edit is not None and not isinstance(edit, PromptEdit)
-    # hooks of one point run in the order of registration: the edit, then the look at its result
-    with (
-        suppress(lm, edit) if is_hooked else nullcontext(),
-        replace_value(lm.model, point, look),
-    ):
-        logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    log_p = logits[:, :-1][scored[:, 1:]].float().log_softmax(-1)
-    return log_p, kept[0].cpu().numpy()
+def _padded(
+    lm: LanguageModel, lines: Sequence[_Line], before: list[int]
+) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+    """Token ids, attention mask and scored tokens, padded on the right."""
+    rows = [[*line.ids[: line.first], *before, *line.ids[line.first :]] for line in lines]
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask, scored = torch.zeros_like(ids), torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (row, line) in enumerate(zip(rows, lines, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        start = line.first + len(before)
+        scored[i, start : len(row)] = torch.tensor(line.is_scored[line.first :])
+    return ids.to(lm.device), mask.to(lm.device), scored.to(lm.device)
 
 
-def _nll(log_p: Float[Tensor, "n vocabulary"], batch: list[_Line]) -> Float[np.ndarray, " b"]:
-    target = [t for row in batch for t, s in zip(row.ids, row.is_scored, strict=True) if s]
-    index = torch.tensor(target, device=log_p.device)[:, None]
-    return -_by_line(log_p.gather(1, index).squeeze(1), batch)
-
-
-def _by_line(values: Float[Tensor, " n"], batch: list[_Line]) -> Float[np.ndarray, " b"]:
+def _by_line(values: Float[Tensor, " n"], lines: Sequence[_Line]) -> Float[np.ndarray, " b"]:
     """Sums over the scored tokens of each line, float64."""
-    lengths = [sum(row.is_scored) for row in batch]
+    lengths = [sum(row.is_scored) for row in lines]
     return np.array([float(part.double().sum()) for part in values.split(lengths)])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 from sae_apps.suppression.probes import check_labels
@@ -49,9 +49,21 @@ class TokenSample:
     """[n, d] float32."""
     is_concept: Bool[np.ndarray, " n"]
     """Label of the token's text."""
+    text: Int[np.ndarray, " n"] | None = None
+    """Number of the token's text."""
 
     def __post_init__(self) -> None:
         check_labels(self.x, self.is_concept)
+
+    def of(self, texts: range) -> Bool[np.ndarray, " n"]:
+        """Which tokens are of these texts.
+
+        Raises:
+            UserError: the sample does not know the texts of its tokens.
+        """
+        if self.text is None:
+            raise UserError("Expected a sample with the text of each token, got none.")
+        return (self.text >= texts.start) & (self.text < texts.stop)
 
 
 def token_sample(
@@ -75,7 +87,8 @@ def token_sample(
     for found in stream_activations(lm, rows, [hook_point], config):
         x.append(found[hook_point].x.float().cpu().numpy())
         row.append(found[hook_point].row_id.numpy())
-    return TokenSample(hook_point, np.concatenate(x), is_concept[np.concatenate(row)])
+    text = np.concatenate(row)
+    return TokenSample(hook_point, np.concatenate(x), is_concept[text], text)
 
 
 def sample_values(units: Units, sample: TokenSample) -> Values:
@@ -107,9 +120,10 @@ def fit_rivals(
 
     ``mask`` and ``range`` take the units of the largest mean |a| as NeuronLens does, ``mask_d`` and
     ``range_d`` those of the largest d' (``range_d`` with the range of the positive values);
-    ``aura`` damps all units; ``direction`` and ``leace`` act within the units of the largest d', or
-    for residual dimensions on all of them; ``random`` is the control of ``mask_d``. ``leace``
-    is absent where the package ``concept-erasure`` is, unless it is asked for by name.
+    ``aura`` damps all units; ``direction``, ``direction_rest`` (which keeps what the rest has of
+    it) and ``leace`` act within the units of the largest d', or for residual dimensions on all of
+    them; ``random`` is the control of ``mask_d``. ``leace`` is absent where the package
+    ``concept-erasure`` is, unless it is asked for by name.
 
     Args:
         units: all units of a place.
@@ -138,6 +152,7 @@ def fit_rivals(
         "range_d": lambda: fit_range(units, stats, apart, positives=not two_sided),
         "aura": lambda: fit_aura(units, values, label),
         "direction": lambda: fit_direction(point, values, label, **inside),
+        "direction_rest": lambda: fit_direction(point, values, label, center="rest", **inside),
         "leace": lambda: fit_leace(point, values, label, **inside),
         "random": lambda: random_units(masked, units, live, n_units, seed),
     }

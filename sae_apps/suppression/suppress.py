@@ -92,6 +92,22 @@ def suppress(
         yield
 
 
+def edited(
+    lm: LanguageModel, edit: Edit, value: Float[Tensor, "b t d_in"], inputs: dict[str, Any]
+) -> Float[Tensor, "b t d_in"]:
+    """What ``suppress`` makes of a value at the hook point of the edit, without a forward pass.
+
+    Args:
+        value: at ``edit.hook_point``, of a pass over the inputs.
+        inputs: input_ids [b, t] and attention_mask, as for the model.
+    """
+    if edit.strength == 0:
+        return value
+    tokens = _Scope(_special_ids(edit, lm.model, lm))
+    tokens.note(inputs)
+    return _Hook(edit, tokens)(value)
+
+
 def _bare(model: Any) -> tuple[nn.Module, LanguageModel | None]:
     if isinstance(model, LanguageModel):
         return model.model, model
