@@ -29,6 +29,8 @@ class SuppressOptions:
     """Units at most."""
     mode: Literal["excess", "posterior"] = "excess"
     """excess: above the prior; posterior: as published."""
+    gate: Literal["unit", "joint"] = "unit"
+    """unit: every unit by its own posterior, as published; joint: one posterior for a token."""
     strength: float = 1.0
     """Of the generations."""
     neutral: str | None = None
@@ -36,6 +38,8 @@ class SuppressOptions:
     perplexity and KL (null: the texts with other labels)."""
     prompts: str | None = None
     """Text file of prompts that are continued with and without the suppression."""
+    show_texts: bool = False
+    """Show them in the report as they are; else words of the concept are covered there."""
     out: str | None = None
     """Folder of the result (null: suppress-CONCEPT in the run)."""
     model: str | None = None
@@ -76,9 +80,9 @@ def build_parser() -> CommandParser:
         "suppress",
         "Fit the suppression of a concept from labelled texts. With --evaluate, measure on "
         "held-out documents how much of the concept it removes and what that costs, over "
-        "strengths, beside masking, range suppression, AurA, directions, LEACE (where "
-        "concept-erasure is installed), "
-        "random units of equal norm and an instruction.",
+        "strengths, beside a direction gated by the posterior, masking, range suppression, AurA, "
+        "directions, LEACE (where concept-erasure is installed), random units of equal norm and "
+        "an instruction.",
         EXAMPLE,
     )
     parser.add_argument(

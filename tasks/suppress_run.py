@@ -3,7 +3,8 @@
 app/                the fitted suppression, for ``load_app``
 curves.parquet      with --evaluate: a row for each method and strength, with intervals
 matched.parquet     with --evaluate: every method where 60% and 80% of the concept are removed
-generations.jsonl   with --prompts: each prompt continued without and with the suppression
+generations.jsonl   with --prompts: each prompt continued without and with the suppression, as it is
+report.html         with --evaluate or --prompts: curves, costs, continuations with covered words
 summary.json        settings, texts by label, the numbers
 manifest.json       sha256 of every file, written last
 """
@@ -13,17 +14,21 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sae_apps.suppression.app import save_app
 from sae_apps.suppression.concepts import LabelledTexts, require_concept
 from sae_apps.suppression.curves import Curve, matched
-from sae_apps.suppression.evaluate import EvaluationConfig, evaluate
+from sae_apps.suppression.evaluate import EvaluationConfig, Reader, evaluate
 from sae_apps.suppression.fit import Fit, FitConfig, fit_report
+from sae_apps.suppression.gated import fit_gated
+from sae_apps.suppression.generations import continue_prompts
 from sae_apps.suppression.likelihood import ReadConfig
 from sae_apps.suppression.lineup import fit_rivals, instruction, token_sample
-from sae_apps.suppression.suppress import suppress
 from sae_apps.suppression.trial import make_trial, strengths_of
 from sae_apps.suppression.units import open_units
 from sae_core.activations import HarvestConfig
@@ -37,6 +42,7 @@ from .finished import SUMMARY, finished_folder
 from .separability_run import read_labelled
 
 if TYPE_CHECKING:
+    from sae_apps.suppression.evaluate import Labelled
     from sae_core.models import LanguageModel
 
     from .separability import ConceptOptions
@@ -111,7 +117,7 @@ def make_plan(
     )
     out = Path(chosen.out or finished_run.folder.path / f"suppress-{chosen.concept}")
     neutral, prompts = _lines(chosen.neutral), _lines(chosen.prompts)
-    skipped = ("run", "out", "overwrite", "neutral", "prompts")
+    skipped = ("run", "out", "overwrite", "neutral", "prompts")  # the last two by their texts
     identity = {name: v for name, v in asdict(chosen).items() if name not in skipped}
     identity |= asdict(judged) | {
         "data": data.digest(), "neutral": neutral, "prompts": prompts,
@@ -145,43 +151,51 @@ def _fit(plan: Plan) -> Fit:
         hook_point=plan.run.hook_point,
         kind=chosen.units,
         config=FitConfig(
-            n_units=chosen.n_units, mode=chosen.mode, seed=chosen.seed,
+            n_units=chosen.n_units, mode=chosen.mode, gate=chosen.gate, seed=chosen.seed,
             harvest=HarvestConfig(context_size=size, batch_tokens=max(2048, size)),
         ),
     )  # fmt: skip
 
 
 def _curves(plan: Plan, app: Any) -> list[Curve]:
-    """APP, the rivals on the same kind of units, and an instruction."""
+    """APP, the direction gated by a posterior, the rivals on the same units, an instruction."""
     sae = plan.run.sae if plan.chosen.units == "latents" else None
     units = open_units(plan.lm, sae, plan.run.hook_point, plan.chosen.units)
     half = len(plan.neutral) // 2
     trial = make_trial(plan.train, plan.test, plan.concept, plan.neutral[half:])
-    sample = token_sample(
-        plan.lm, units.hook_point, trial.train.texts, trial.train.is_concept,
-        context_size=plan.judged.context_size,
-    )  # fmt: skip
-    n_units = max(1, app.units.n_units)
-    edits = {"app": app, **fit_rivals(units, sample, n_units=n_units, seed=plan.chosen.seed)}
+    edits = {"app": app, **_rivals(plan, units, trial.train, max(1, app.units.n_units))}
+    reader = Reader(plan.lm, plan.run.hook_point, plan.config.read)
     curves = []
     for name, edit in edits.items():
         LOG.info("measuring %s", name)
-        curves.append(evaluate(plan.lm, edit, trial, plan.config, method=name))
-    told = replace(plan.config, strengths=(0.0, 1.0))
-    curves.append(evaluate(plan.lm, instruction(plan.concept), trial, told, method="instruction"))
+        curves.append(evaluate(plan.lm, edit, trial, plan.config, method=name, reader=reader))
+    told, edit = replace(plan.config, strengths=(0.0, 1.0)), instruction(plan.concept)
+    curves.append(evaluate(plan.lm, edit, trial, told, method="instruction", reader=reader))
     return curves
 
 
-def _continued(plan: Plan, prompt: str) -> str:
-    lm = plan.lm
-    ids = lm.tokenizer(prompt, return_tensors="pt").to(lm.device)
-    out = lm.model.generate(
-        **ids,
-        max_new_tokens=plan.judged.new_tokens,
-        do_sample=False,
-        pad_token_id=lm.tokenizer.pad_token_id,
-    )
-    return lm.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+def _rivals(plan: Plan, units: Any, train: "Labelled", n_units: int) -> dict[str, Any]:
+    """All fitted on the same tokens; half of the neutral text is background of the gate."""
+    background = plan.neutral[: len(plan.neutral) // 2]
+
+    def sample(place: str) -> tuple[Any, Any]:
+        found = token_sample(
+            plan.lm, place, [*train.texts, *background],
+            np.concatenate([train.is_concept, np.zeros(len(background), dtype=bool)]),
+            context_size=plan.judged.context_size,
+        )  # fmt: skip
+        mine = found.of(range(len(train.texts)))
+        labelled = replace(found, x=found.x[mine], is_concept=found.is_concept[mine], text=None)
+        return labelled, found.x[~mine]
+
+    mine, rest = sample(units.hook_point)
+    found = fit_rivals(units, mine, n_units=n_units, seed=plan.chosen.seed)
+    if units.hook_point != plan.run.hook_point:
+        mine, rest = sample(plan.run.hook_point)
+    whole = open_units(plan.lm, None, plan.run.hook_point, "residual")
+    plane = fit_rivals(whole, mine, n_units=1, names=["direction"])["direction"]
+    found["residual_direction"] = plane
+    return {"app_direction": fit_gated(plane, mine.x, mine.is_concept, rest), **found}
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -195,6 +209,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "dropped": fit.dropped, "train": plan.train.counts, "test": plan.test.counts,
         "hook_point": fit.app.hook_point, "out": str(plan.out),
     }  # fmt: skip
+    curves: list[Curve] = []
     with atomic_folder(plan.out, overwrite=plan.chosen.overwrite) as folder:
         save_app(folder / "app", fit.app)
         if plan.judged.evaluate:
@@ -208,17 +223,21 @@ def run(plan: Plan) -> dict[str, Any]:
             columns = {name: [row.get(name) for row in levels] for name in names}
             pq.write_table(pa.table(columns), folder / "matched.parquet")
             summary["matched"] = levels
+        texts: list[dict[str, str]] = []
         if plan.prompts:
-            rows = []
-            for prompt in plan.prompts:
-                before = _continued(plan, prompt)
-                with suppress(plan.lm, fit.app, plan.chosen.strength):
-                    rows.append({"prompt": prompt, "plain": before,
-                                 "suppressed": _continued(plan, prompt)})  # fmt: skip
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            made = continue_prompts(
+                plan.lm, fit.app, plan.prompts,
+                strength=plan.chosen.strength, new_tokens=plan.judged.new_tokens,
+            )  # fmt: skip
+            texts = [asdict(one) for one in made]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
             (folder / "generations.jsonl").write_text(lines, encoding="utf-8")
-            changed = sum(row["plain"] != row["suppressed"] for row in rows)
-            summary["generations"] = {"prompts": len(rows), "changed": changed}
+            changed = sum(row["plain"] != row["suppressed"] for row in texts)
+            summary["generations"] = {"prompts": len(texts), "changed": changed}
+        if (curves or texts) and find_spec("jinja2") is not None:
+            from .suppress_page import write_page
+
+            write_page(folder / "report.html", plan, fit.app, curves, summary, texts)
         content = {"format": FORMAT, "version": VERSION, "identity": plan.identity}
         text = to_json(content | {"summary": summary}) + "\n"
         (folder / SUMMARY).write_text(text, encoding="utf-8")

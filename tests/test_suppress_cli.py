@@ -42,7 +42,7 @@ def test_it_fits_measures_and_continues(
     data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    more = ["--concept", "dog", "--evaluate", "--strengths", "0,1", "--n-draws", "20"]
+    more = ["--concept", "dog", "--evaluate", "--strengths", "0,1,2", "--n-draws", "20"]
     more += ["--prompts", data["prompts"], "--new-tokens", "5", "--strength", "3", "--json"]
     assert main(arguments(data, out, *more)) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -51,10 +51,18 @@ def test_it_fits_measures_and_continues(
     curves = pq.read_table(out / "curves.parquet").to_pylist()
     methods = {row["method"] for row in curves}
     assert {"app", "mask", "range", "aura", "direction", "random", "instruction"} <= methods
+    assert {"app_direction", "residual_direction"} <= methods
     assert all(row["erased_fixed"] == 0 for row in curves if row["strength"] == 0)
     assert len(pq.read_table(out / "matched.parquet")) == 2 * len(methods)
     lines = (out / "generations.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["Tom saw a dog", "Mia had a"]
+    page = (out / "report.html").read_text()
+    assert "Suppressing dog" in page and "app_direction" in page and 'class="line s3"' in page
+    assert "are covered" in page and "Mia" in page
+    shown = tmp_path / "shown"
+    assert main([*arguments(data, shown, *more), "--show-texts", "true"]) == 0
+    assert "Texts are shown as they are" in (shown / "report.html").read_text()
+    capsys.readouterr()
     written = (out / "summary.json").stat().st_mtime_ns
     assert main(arguments(data, out, *more)) == 0  # nothing to do
     assert json.loads(capsys.readouterr().out) == summary

@@ -11,6 +11,7 @@ from sae_apps.report.geography import (
 from sae_apps.report.latents import latents_section
 from sae_apps.report.overview import overview_section
 from sae_apps.report.page import Section, build_page, write_report
+from sae_apps.report.suppression import RemovalCurve, SuppressionView, suppression_section
 from sae_apps.report.training import training_section
 
 __all__ = [
@@ -18,12 +19,15 @@ __all__ = [
     "MapFeature",
     "MapPlaces",
     "Passing",
+    "RemovalCurve",
     "Section",
+    "SuppressionView",
     "build_page",
     "frequencies_section",
     "geography_section",
     "latents_section",
     "overview_section",
+    "suppression_section",
     "training_section",
     "write_report",
 ]

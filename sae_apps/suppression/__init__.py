@@ -8,6 +8,8 @@ beside the methods it is compared with, all through one door.
 from sae_apps.suppression.app import App, load_app, save_app
 from sae_apps.suppression.concepts import LabelledTexts
 from sae_apps.suppression.fit import FitConfig, fit_app, fit_report
+from sae_apps.suppression.gated import GatedPlane, fit_gated
+from sae_apps.suppression.generations import Continuation, continue_prompts, cover
 from sae_apps.suppression.histogram import EdgeSketch, Histogram, HurdleCounts
 from sae_apps.suppression.measure import MeasureConfig, measure
 from sae_apps.suppression.separability import pairwise, separability
@@ -17,15 +19,20 @@ from sae_apps.suppression.units import Units, open_units
 
 __all__ = [
     "App",
+    "Continuation",
     "EdgeSketch",
     "FitConfig",
+    "GatedPlane",
     "Histogram",
     "HurdleCounts",
     "LabelledTexts",
     "MeasureConfig",
     "SeparabilityTable",
     "Units",
+    "continue_prompts",
+    "cover",
     "fit_app",
+    "fit_gated",
     "fit_report",
     "load_app",
     "measure",
