@@ -355,7 +355,8 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
         best = min(ours, key=lambda name: mean(ours[name]))
         rival = min(rest, key=lambda name: mean(rest[name]))
         is_least = mean(ours[best]) < mean(rest[rival])
-        pairs = [below(a, b) for a, b in zip(ours[best], rest[rival], strict=True)]
+        by_seed = {row["seed"]: row for row in rest[rival]}
+        pairs = [below(row, by_seed[row["seed"]]) for row in ours[best] if row["seed"] in by_seed]
         won["least"] += is_least
         won["apart"] += is_least and all(apart for apart, _ in pairs)
         won["paired"] += is_least and all(paired for _, paired in pairs)

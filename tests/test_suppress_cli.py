@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae_apps.suppression.app import load_app
+from sae_apps.suppression.generations import COVER
 from sae_apps.tasks.main import main as sae_apps
 from sae_apps.tasks.suppress import main
 
@@ -58,7 +59,7 @@ def test_it_fits_measures_and_continues(
     assert [json.loads(line)["prompt"] for line in lines] == ["Tom saw a dog", "Mia had a"]
     page = (out / "report.html").read_text()
     assert "Suppressing dog" in page and "app_direction" in page and 'class="line s3"' in page
-    assert "are covered" in page and "Mia" in page
+    assert "are covered" in page and COVER in page
     shown = tmp_path / "shown"
     assert main([*arguments(data, shown, *more), "--show-texts", "true"]) == 0
     assert "Texts are shown as they are" in (shown / "report.html").read_text()
