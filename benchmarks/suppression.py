@@ -1,6 +1,8 @@
 """Removing a concept from SmolLM2 at layer 15: what each method costs where it removes as much.
 
-    python -m benchmarks.suppression [--size cpu|full|reduced] [--concepts ...] [--seeds 3]
+    python -m benchmarks.suppression --size cpu --seeds 1    (every method)
+    python -m benchmarks.suppression --size cpu --units gba residual --methods app app_joint \\
+        app_direction mask_d direction leace                 (three seeds; the goals)
 
 For every concept of benchmarks.concept_data: APP and its rivals are fitted on one part of the
 documents, on latents (of the GBA and the TopK SAE of benchmarks.selection_data) and on the model's
@@ -70,6 +72,7 @@ METHODS = {
 LEVELS = (0.6, 0.8)
 GRID = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 MOST = GRID[-1]
+MAX_TEXTS = 1000  # of all labels together: goemotions has eight
 _HALVINGS = 5
 _KEPT_DRAWS = 400  # of the perplexity increase, the same passages for all methods of a seed
 OF_CURVE = (
@@ -129,7 +132,7 @@ def parts(name: str, size: Size, seed: int) -> tuple[LabelledTexts, LabelledText
     from benchmarks.concept_data import load
 
     data = load(name)
-    n = min(size.n_per_class, min(data.counts.values()))
+    n = min(size.n_per_class, MAX_TEXTS // len(data.classes), min(data.counts.values()))
     return data.balanced(n, seed).split(0.4, seed)
 
 
@@ -262,7 +265,7 @@ class Bench:
             f"app {kind}",
             lambda: fit_app(
                 self.lm, self.saes[kind], train.texts, train.labels, concept, self.passages[:half],
-                hook_point=HOOK, config=config,
+                groups=train.group, hook_point=HOOK, config=config,
             ),
         )  # fmt: skip
 
@@ -419,7 +422,7 @@ def main() -> None:
     path = cache_dir() / "benchmarks" / "suppression" / "cells.jsonl"
     rows = run_cells(cells, key, path, bench.run)
     shown = [{name: value for name, value in row.items() if name != "draws"} for row in rows]
-    write_result("suppression", shown, lambda _: goals(rows), started)
+    write_result("suppression", shown, lambda _: goals(rows), started, merge=True)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ def _fit(plan: Plan) -> Fit:
         plan.train.labels,
         plan.concept,
         plan.neutral[:half] or None,
+        groups=plan.train.group,
         hook_point=plan.run.hook_point,
         kind=chosen.units,
         config=FitConfig(

@@ -12,7 +12,7 @@ from sae_apps.suppression.app import App, load_app, save_app
 from sae_apps.suppression.bins import bin_of
 from sae_apps.suppression.calibration import calibrate, token_weights
 from sae_apps.suppression.choice import separation
-from sae_apps.suppression.fit import Fit, FitConfig, fit_app, fit_report
+from sae_apps.suppression.fit import Fit, FitConfig, _train_texts, fit_app, fit_report
 from sae_apps.suppression.reader import read_latents
 from sae_apps.suppression.suppress import suppress
 from sae_apps.suppression.tokens import TokenValues, histogram_of
@@ -338,3 +338,15 @@ def test_bad_input_is_refused(tiny_lm: LanguageModel, tmp_path: Path) -> None:
             fit_app(tiny_lm, sae, texts, labels, concept, config=QUICK, **settings)
     with pytest.raises(UserError, match="held_out_frac above 0"):
         FitConfig(gate="joint", held_out_frac=0)
+
+
+def test_held_out_texts_keep_their_groups_together() -> None:
+    label, groups = np.repeat([0, 1, 2], [40, 40, 20]), [i % 40 for i in range(80)]
+    train = _train_texts(label, 0.25, np.random.default_rng(0), groups)  # the last 20: background
+    assert (train[:40] == train[40:80]).all()
+    assert [int((~train[label == one]).sum()) for one in range(3)] == [10, 10, 5]
+    other = _train_texts(label, 0.25, np.random.default_rng(1), groups)
+    assert (train != other).any()
+    alone = _train_texts(label, 0.25, np.random.default_rng(0), None)
+    assert (alone[:40] != alone[40:80]).any()
+    assert _train_texts(label, 0.0, np.random.default_rng(0), groups).all()

@@ -5,7 +5,7 @@ units and fill the histograms; the rest drops units whose posterior predicts no 
 prior, fits the temperature of the joint gate and calibrates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,6 +104,7 @@ def fit_app(
     concept: str | Sequence[str],
     background: Sequence[str] | None = None,
     *,
+    groups: Sequence[Hashable] | None = None,
     hook_point: str | None = None,
     kind: str = "latents",
     config: FitConfig = FitConfig(),  # noqa: B008 - frozen
@@ -111,7 +112,7 @@ def fit_app(
     """Fit the suppression of one or several concepts; see ``fit_report`` for the whole result."""
     return fit_report(
         model, sae, texts, labels, concept, background,
-        hook_point=hook_point, kind=kind, config=config,
+        groups=groups, hook_point=hook_point, kind=kind, config=config,
     ).app  # fmt: skip
 
 
@@ -123,6 +124,7 @@ def fit_report(
     concept: str | Sequence[str],
     background: Sequence[str] | None = None,
     *,
+    groups: Sequence[Hashable] | None = None,
     hook_point: str | None = None,
     kind: str = "latents",
     config: FitConfig = FitConfig(),  # noqa: B008 - frozen
@@ -136,12 +138,17 @@ def fit_report(
         labels: n names of classes.
         concept: what to suppress: one class, or several.
         background: neutral texts, a class of their own; what they share with the concept is kept.
+        groups: the document of each text (a sentence and its rewrites are one), which stays
+            together when texts are held out; None: each text is one.
         hook_point: where the units are, e.g. ``layers.15.out``.
         kind: latents, residual or neurons.
     Raises:
-        UserError: other numbers of labels than of texts, one class only, an unknown concept, a
-            class with too few texts, an SAE of another model or layer, a prior of other classes.
+        UserError: other numbers of labels or groups than of texts, one class only, an unknown
+            concept, a class with too few texts, an SAE of another model or layer, a prior of other
+            classes.
     """
+    if groups is not None and len(groups) != len(texts):
+        raise UserError(f"Expected a group for each of {len(texts)} texts, got {len(groups)}.")
     texts, names = _joined(texts, labels, background)
     concepts = (concept,) if isinstance(concept, str) else tuple(concept)
     classes = _check_classes(names, concepts, config)
@@ -150,7 +157,7 @@ def fit_report(
     label = np.array([classes.index(name) for name in names])
     is_concept = concept_mask(classes, concepts)[label]
     rng = np.random.default_rng(config.seed)
-    train = _train_texts(label, config.held_out_frac, rng)
+    train = _train_texts(label, config.held_out_frac, rng, groups)
     everything = read_values(lm, units, texts, config.harvest)
     values = everything.of_texts(train)
     hist = histogram_of(values, label, classes, n_bins=config.n_bins, seed=config.seed)
@@ -199,12 +206,26 @@ def _check_classes(
 
 
 def _train_texts(
-    label: Int[np.ndarray, " n"], held_out_frac: float, rng: np.random.Generator
+    label: Int[np.ndarray, " n"],
+    held_out_frac: float,
+    rng: np.random.Generator,
+    groups: Sequence[Hashable] | None,
 ) -> Bool[np.ndarray, " n"]:
+    """Texts that choose and count; of each class the rest is held out, whole groups at once."""
+    place: dict[Hashable, int] = {}
+    known = [place.setdefault(one, len(place)) for one in groups or ()]
+    own = np.arange(len(place), len(place) + len(label) - len(known))  # background, or all texts
+    group = np.concatenate([np.array(known, dtype=np.int64), own])
     train = np.ones(len(label), dtype=bool)
     for one in np.unique(label):
-        members = rng.permutation(np.flatnonzero(label == one))
-        train[members[: int(held_out_frac * len(members))]] = False
+        mine = label == one
+        wanted = int(held_out_frac * mine.sum()) - int((mine & ~train).sum())
+        for drawn in rng.permutation(np.unique(group[mine & train])):
+            if wanted <= 0:
+                break
+            inside = (group == drawn) & train
+            wanted -= int((inside & mine).sum())
+            train[inside] = False
     return train
 
 
