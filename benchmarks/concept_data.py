@@ -40,6 +40,7 @@ SHARED = Path(os.environ.get("SAE_APPS_SHARED_DATA", Path(__file__).parents[2] /
 REVIEWS_SHA256 = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
 EMOTIONS = ("admiration", "amusement", "anger", "curiosity", "gratitude", "love", "sadness")
 LANGUAGES = {"eng": "eng", "fra": "fra", "deu_1996": "deu", "spa": "spa"}
+SENTIMENT = ("negative", "positive")  # the package's 0 and 1
 NOVELS = ("eng", "fra", "deu")
 POS = ("NOUN", "VERB", "ADJ", "ADP", "PRON")
 Rows = Iterator[tuple[str, str, Any]]
@@ -167,7 +168,7 @@ def _reviews() -> Rows:
     for i, (_, row) in enumerate(read_records(file)):
         if row["source"] == "imdb":
             text = str(row["text"]).replace("<br />", "\n")
-            yield text[:600], str(row["label"]), i
+            yield text[:600], SENTIMENT[int(row["label"])], i
 
 
 def _languages() -> Rows:
