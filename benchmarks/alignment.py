@@ -1,0 +1,211 @@
+"""Do latents keep the relations of their items, and more than the activations they are made from?
+
+    python -m benchmarks.alignment [--size full]
+
+SmolLM2-135M, layers.15.out, the GBA and the TopK SAE of benchmarks.selection_data. Items, each
+against a space that the model had no part in:
+
+    places      the largest cities of the world, last token of "The city of NAME"; great-circle
+                distance; once more with countries as strata: structure finer than the country
+    words       frequent nouns of ud_english_ewt, last token of "The WORD"; MiniLM's embedding
+    languages   declarations of human rights, mean over the tokens of the first 1,500 characters;
+                cosine of the counts of character trigrams
+
+Units are compared as they are and less their mean over the items: means that all items share carry
+most of a residual vector, but no relation. delta is against the centred units. ``null`` rows say
+how often p <= .05 where nothing is aligned (permuted items, 200 repeats, 199 permutations each).
+"""
+
+import argparse
+import gzip
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy import sparse
+
+from benchmarks.common import Goal, write_result
+from benchmarks.concept_data import SHARED, _lines
+from benchmarks.rivals import embed_minilm
+from benchmarks.selection_data import saes
+from sae_apps.alignment import great_circle, relational_alignment
+from sae_apps.geospatial.places import load_places
+from sae_core.activations import HarvestConfig, stream_activations
+from sae_core.metrics import evaluating
+from sae_core.models import DEFAULT_MODEL, LanguageModel, load_model
+from sae_core.sae import SAE
+from sae_core.text import rows_from_texts
+
+HOOK = "layers.15.out"
+SIZES = {"reduced": 200, "full": 600}  # places and words
+REPEATS, N_NULL = 200, 40
+MIN_CHARS = 3000  # of a language's text
+
+
+@dataclass(frozen=True)
+class Items:
+    """Texts, and the space that they are compared with."""
+
+    name: str
+    texts: list[str]
+    space: np.ndarray
+    """An embedding, or distances."""
+    distances: bool = False
+    strata: list[str] | None = None
+    is_pooled: bool = False
+    """Mean over the tokens; else the last one."""
+
+
+def places(n: int) -> Iterator[Items]:
+    """Cities by population, one of a name."""
+    found = load_places("world", limit=2 * n)
+    population = np.array(found.column("population"))
+    chosen: dict[str, int] = {}
+    for i in np.argsort(-population, kind="stable").tolist():
+        chosen.setdefault(found.name[i], i)
+    keep = list(chosen.values())[:n]
+    km = great_circle(np.asarray(found.lat)[keep], np.asarray(found.lon)[keep])
+    texts = [f"The city of {found.name[i]}" for i in keep]
+    countries = [str(found.column("country")[i]) for i in keep]
+    yield Items("places", texts, km, True)
+    yield Items("places within countries", texts, km, True, countries)
+
+
+def words(n: int) -> Items:
+    """The most frequent nouns of the corpus."""
+    counts: Counter[str] = Counter()
+    for part in ("train_from_sources", "test"):
+        for line in _lines("ud_english_ewt", f"en_ewt-{part}.conllu.gz"):
+            cells = line.split("\t")
+            if len(cells) == 10 and cells[3] == "NOUN" and cells[2].isalpha():
+                counts[cells[2].lower()] += 1
+    found = [word for word, _ in counts.most_common(n)]
+    return Items("words", [f"The {word}" for word in found], embed_minilm(found))
+
+
+def languages() -> Items:
+    """Every text that is long enough, against its character trigrams."""
+    with gzip.open(SHARED / "udhr" / "udhr.json.gz", "rt", encoding="utf-8") as file:
+        texts = [text for _, text in sorted(json.load(file).items()) if len(text) >= MIN_CHARS]
+    number: dict[str, int] = {}
+    rows, columns = [], []
+    for i, text in enumerate(texts):
+        flat = " ".join(text.lower().split())
+        for j in range(len(flat) - 2):
+            rows.append(i)
+            columns.append(number.setdefault(flat[j : j + 3], len(number)))
+    counts = sparse.coo_array((np.ones(len(rows)), (rows, columns))).toarray()
+    return Items("languages", [text[:1500] for text in texts], counts, is_pooled=True)
+
+
+def codes_of(
+    lm: LanguageModel, items: Items, kinds: dict[str, SAE]
+) -> dict[str, Float[np.ndarray, "n p"] | sparse.csr_array]:
+    """Activations of the items and their codes, at the last token or on average."""
+    n = len(items.texts)
+    total, tokens = np.zeros((n, lm.d_model)), np.zeros(n)
+    codes = {name: [sparse.csr_array((n, sae.d_sae))] for name, sae in kinds.items()}
+    config = HarvestConfig(context_size=256)
+    for found in stream_activations(lm, rows_from_texts(items.texts), [HOOK], config):
+        batch = found[HOOK]
+        row, x = batch.row_id.numpy(), batch.x.float()
+        if items.is_pooled:
+            kept = np.arange(len(row))
+        else:  # the last token of each row, which a batch holds whole
+            kept = np.flatnonzero(np.r_[row[1:] != row[:-1], True])
+        tokens += np.bincount(row[kept], minlength=n)
+        np.add.at(total, row[kept], x[kept].double().numpy())
+        for name, sae in kinds.items():
+            with evaluating(sae), torch.no_grad():
+                found_codes = sae.encode_sparse(x[kept]).to_scipy()
+            where = (np.ones(len(kept)), (row[kept], np.arange(len(kept))))
+            codes[name].append(sparse.csr_array(where, shape=(n, len(kept))) @ found_codes)
+    units = total / np.maximum(tokens, 1)[:, None]
+    scale = sparse.diags_array(1 / np.maximum(tokens, 1))
+    summed = {name: sparse.csr_array(scale @ sum(parts[1:], parts[0])) for name, parts in
+              codes.items()}  # fmt: skip
+    return {"units, centred": units - units.mean(0), "units": units, **summed}
+
+
+def rows_of(lm: LanguageModel, items: Items, kinds: dict[str, SAE], how: Any) -> Iterator[dict]:
+    """A row for every kind of code."""
+    codes = codes_of(lm, items, kinds)
+    for name, one in codes.items():
+        base = None if name == "units, centred" else codes["units, centred"]
+        found = relational_alignment(
+            one, items.space, distances=items.distances, strata=items.strata, baseline=base, **how
+        )
+        low, high = found.ci or (None, None)
+        delta_low, delta_high = found.delta_ci or (None, None)
+        yield {
+            "name": f"{items.name} | {name}", "items": items.name, "codes": name,
+            "n_items": found.n_items, "n_dropped": found.n_dropped, "rho": found.rho,
+            "rho_low": low, "rho_high": high, "p": found.p, "null_sd": found.null_sd,
+            "delta": found.delta, "delta_low": delta_low, "delta_high": delta_high,
+            "least_item": float(found.per_item.min()), "rejected": None,
+        }  # fmt: skip
+
+
+def null_rows(codes: Any, items: Items) -> dict[str, Any]:
+    """How often permuted items are called aligned."""
+    rng = np.random.default_rng(0)
+    p = []
+    for seed in range(REPEATS):
+        chosen = rng.choice(codes.shape[0], N_NULL, replace=False)
+        other = rng.permutation(chosen)
+        space = items.space[np.ix_(other, other)] if items.distances else items.space[other]
+        p.append(
+            relational_alignment(codes[chosen], space, distances=items.distances,
+                                 permutations=199, n_boot=0, seed=seed).p
+        )  # fmt: skip
+    empty = dict.fromkeys(
+        ("n_dropped", "rho", "rho_low", "rho_high", "p", "null_sd", "delta", "delta_low",
+         "delta_high", "least_item")
+    )  # fmt: skip
+    return {
+        "name": f"null | {items.name}", "items": items.name, "codes": "permuted gba",
+        "n_items": N_NULL, **empty, "rejected": float(np.mean(np.array(p) <= 0.05)),
+    }  # fmt: skip
+
+
+def goals(rows: list[dict[str, Any]]) -> list[Goal]:
+    """The test keeps its level; latents keep the relations of their activations."""
+    found = []
+    for row in rows:
+        if row["rejected"] is not None:
+            value = row["rejected"]
+            found.append(Goal(f"{row['name']}: share rejected at .05", value, "<= 0.09",
+                              value <= 0.09, f"{REPEATS} repeats"))  # fmt: skip
+        if row["codes"] == "gba":
+            name = f"{row['items']}: rho of GBA latents over that of the centred units"
+            found.append(Goal(name, row["delta"], ">= 0", row["delta"] >= 0,
+                              f"[{row['delta_low']:.3f}, {row['delta_high']:.3f}]"))  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """Measure and write results/alignment.json."""
+    parser = argparse.ArgumentParser(description="Relations among codes and among meanings.")
+    parser.add_argument("--size", choices=SIZES, default="reduced")
+    args, started, rows = parser.parse_args(), time.time(), []
+    n = SIZES[args.size]
+    how = {"permutations": 999 if args.size == "reduced" else 9999, "n_boot": 500}
+    lm, kinds = load_model(DEFAULT_MODEL, dtype=torch.bfloat16), saes()
+    everything = [*places(n), words(n), languages()]
+    for items in everything:
+        for row in rows_of(lm, items, kinds, how):
+            rows.append(row)
+            print(row, flush=True)
+    plain = everything[0]
+    rows.append(null_rows(codes_of(lm, plain, kinds)["gba"], plain))
+    write_result("alignment", rows, goals, started)
+
+
+if __name__ == "__main__":
+    main()
