@@ -36,11 +36,9 @@ from benchmarks.rivals import embed_minilm
 from benchmarks.selection_data import saes
 from sae_apps.alignment import great_circle, relational_alignment
 from sae_apps.geospatial.places import load_places
-from sae_core.activations import HarvestConfig, stream_activations
-from sae_core.metrics import evaluating
+from sae_apps.tasks.align_run import item_codes
 from sae_core.models import DEFAULT_MODEL, LanguageModel, load_model
 from sae_core.sae import SAE
-from sae_core.text import rows_from_texts
 
 HOOK = "layers.15.out"
 SIZES = {"reduced": 200, "full": 600}  # places and words
@@ -108,29 +106,9 @@ def codes_of(
     lm: LanguageModel, items: Items, kinds: dict[str, SAE]
 ) -> dict[str, Float[np.ndarray, "n p"] | sparse.csr_array]:
     """Activations of the items and their codes, at the last token or on average."""
-    n = len(items.texts)
-    total, tokens = np.zeros((n, lm.d_model)), np.zeros(n)
-    codes = {name: [sparse.csr_array((n, sae.d_sae))] for name, sae in kinds.items()}
-    config = HarvestConfig(context_size=256)
-    for found in stream_activations(lm, rows_from_texts(items.texts), [HOOK], config):
-        batch = found[HOOK]
-        row, x = batch.row_id.numpy(), batch.x.float()
-        if items.is_pooled:
-            kept = np.arange(len(row))
-        else:  # the last token of each row, which a batch holds whole
-            kept = np.flatnonzero(np.r_[row[1:] != row[:-1], True])
-        tokens += np.bincount(row[kept], minlength=n)
-        np.add.at(total, row[kept], x[kept].double().numpy())
-        for name, sae in kinds.items():
-            with evaluating(sae), torch.no_grad():
-                found_codes = sae.encode_sparse(x[kept]).to_scipy()
-            where = (np.ones(len(kept)), (row[kept], np.arange(len(kept))))
-            codes[name].append(sparse.csr_array(where, shape=(n, len(kept))) @ found_codes)
-    units = total / np.maximum(tokens, 1)[:, None]
-    scale = sparse.diags_array(1 / np.maximum(tokens, 1))
-    summed = {name: sparse.csr_array(scale @ sum(parts[1:], parts[0])) for name, parts in
-              codes.items()}  # fmt: skip
-    return {"units, centred": units - units.mean(0), "units": units, **summed}
+    pooling = "mean" if items.is_pooled else "last"
+    units, codes = item_codes(lm, HOOK, items.texts, kinds, pooling)
+    return {"units, centred": units - units.mean(0), "units": units, **codes}
 
 
 def rows_of(lm: LanguageModel, items: Items, kinds: dict[str, SAE], how: Any) -> Iterator[dict]:

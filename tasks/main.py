@@ -18,6 +18,7 @@ COMMANDS = {
     "geo": "find the latents that know where places are, and map them",
     "separability": "measure how far apart units are under different concepts",
     "suppress": "suppress a concept, and measure what that removes and costs",
+    "align": "compare relations among codes with those in a semantic space",
     "doctor": "show what is installed, which devices there are, what is cached",
     "demo": "train, evaluate and show an SAE on the built-in text and model",
 }
