@@ -219,7 +219,9 @@ def _summary(plan: Plan, found: Alignment) -> dict[str, Any]:
                      "baseline_rho", "delta", "delta_ci", "how")
     }  # fmt: skip
     order = np.argsort(found.per_item)
-    worst, best = ([plan.texts[found.kept[i]] for i in part] for part in (order[:5], order[:-6:-1]))
+    worst, best = (
+        [plan.texts[i] for i in found.kept[part].tolist()] for part in (order[:5], order[:-6:-1])
+    )
     return plain(
         numbers | {"placed_best": best, "placed_worst": worst,
                    "hook_point": plan.run.hook_point, "out": str(plan.out)}

@@ -9,6 +9,7 @@ these weights; pairs of copies of one item never occur among the n(n-1)/2.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,14 +57,15 @@ def _tau_a(x: Float[np.ndarray, " m"], y: Float[np.ndarray, " m"]) -> float:
     for values in (x, y):
         counts = np.unique(values, return_counts=True)[1]
         free *= 1 - (counts * (counts - 1) / 2).sum() / total
-    return float(kendalltau(x, y).statistic * np.sqrt(free))
+    tau_b: Any = kendalltau(x, y)
+    return float(tau_b.statistic * np.sqrt(free))
 
 
 def null(
     x: Float[np.ndarray, "n n"],
     y: Float[np.ndarray, "n n"],
     method: str,
-    draws: "Callable[[], Int[np.ndarray, ' n']]",
+    draws: Callable[[], Int[np.ndarray, " n"]],
     n_draws: int,
 ) -> Float[np.ndarray, " b"]:
     """Correlations after the items of y were permuted: ``draws`` gives one permutation a call."""

@@ -331,7 +331,8 @@ def _gap(
     times = weight[:, trial.pairs[:, 0]].astype(np.float64)
     every = np.ones((1, len(trial.pairs)))
     for side in (0, 1):
-        readings = reader.read([trial.test.texts[i] for i in trial.pairs[:, side]], edits)
+        texts: list[str] = [trial.test.texts[i] for i in trial.pairs[:, side].tolist()]
+        readings = reader.read(texts, edits)
         tokens = readings[0].n_tokens.astype(np.float64)
         nll = np.stack([one.nll for one in readings], axis=1)
         sides.append([t @ nll / np.maximum(t @ tokens, 1.0)[:, None] for t in (every, times)])

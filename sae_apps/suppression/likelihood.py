@@ -281,8 +281,9 @@ def _targets(lines: Sequence[_Line]) -> Int[Tensor, " n"]:
 
 
 def _applied(lm: LanguageModel, edit: Any) -> Any:
-    is_hooked = edit is not None and not isinstance(edit, PromptEdit)
-    return suppress(lm, edit) if is_hooked else nullcontext()
+    if edit is None or isinstance(edit, PromptEdit):
+        return nullcontext()
+    return suppress(lm, edit)
 
 
 @torch.no_grad()

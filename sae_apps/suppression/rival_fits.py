@@ -146,7 +146,9 @@ def _gate(
         every = np.broadcast_to(value, (units.n_units,)).astype(np.float32)
         return torch.from_numpy(every[chosen])
 
-    return GateEdit(_take(units, chosen), *(tensor(v) for v in (weight, low, high, neutral)))
+    return GateEdit(
+        _take(units, chosen), tensor(weight), tensor(low), tensor(high), tensor(neutral)
+    )
 
 
 def _take(units: Units, chosen: Int[np.ndarray, " k"]) -> Units:
@@ -214,9 +216,10 @@ def _space(values: Values, units: Units | None, chosen: Any) -> tuple[np.ndarray
     """Dense float64 values of the space that a plane is in, and its units."""
     if (units is None) != (chosen is None):
         raise UserError("Expected units and chosen together, got one of them alone.")
-    some = values if chosen is None else sparse.csr_array(values)[:, chosen]
+    some: Any = values if chosen is None else sparse.csr_array(values)[:, chosen]
     dense = some if isinstance(some, np.ndarray) else some.toarray()
-    return dense.astype(np.float64), None if units is None else _take(units, chosen)
+    taken = None if units is None or chosen is None else _take(units, chosen)
+    return dense.astype(np.float64), taken
 
 
 def fit_direction(
