@@ -381,13 +381,16 @@ def goal_row(method: str, low: float, high: float, seed: int = 0, at: str = "80%
         "concept": "c", "method": method, "units": "u", "at": at, "strength": 1.0, "seed": seed,
         "perplexity_increase": (low + high) / 2, "perplexity_increase_low": low,
         "perplexity_increase_high": high, "draws": [low, (low + high) / 2, high],
+        "kl_low": low / 10, "kl_high": high / 10,
     }  # fmt: skip
 
 
 def test_the_goal_needs_intervals_apart_at_every_seed() -> None:
     def won(*rows: dict) -> tuple[float, ...]:
         """Concepts with intervals apart, with that of the difference below 0, least on average."""
-        return tuple(goal.value for goal in suite.goals(list(rows)))
+        apart, paired, kl, least = (goal.value for goal in suite.goals(list(rows)))
+        assert kl == apart  # made in proportion
+        return apart, paired, least
 
     assert won(goal_row("app", 1, 2), goal_row("leace", 3, 4)) == (1, 1, 1)
     assert won(goal_row("app", 1, 3.5), goal_row("leace", 3, 4)) == (0, 1, 1)
