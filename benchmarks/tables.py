@@ -18,6 +18,7 @@ from benchmarks.common import RESULTS, ROOT, cell, table
 from benchmarks.geography_table import GEOGRAPHY, moran
 from benchmarks.recovery import BASELINES, chosen
 from benchmarks.selection_table import SELECTIONS
+from benchmarks.suppression_table import alignment, published, separability, suppression
 from sae_core.store import atomic_write_text
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -274,6 +275,14 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "geography_goals_smollm2": ("geography_smollm2", goals),
     "moran": ("moran", moran),
     "moran_goals": ("moran", goals),
+    "suppression": ("suppression", suppression),
+    "suppression_published": ("suppression", published),
+    "suppression_goals": ("suppression", goals),
+    "suppression_cost_goals": ("suppression_cost", goals),
+    "separability": ("separability", separability),
+    "separability_goals": ("separability", goals),
+    "alignment": ("alignment", alignment),
+    "alignment_goals": ("alignment", goals),
     **GEOGRAPHY,
 }
 
@@ -282,6 +291,8 @@ def overview() -> str:
     """Goals of every suite: how many are met, and which are not."""
     rows = []
     for file in dict.fromkeys(file for file, make in TABLES.values() if make is goals):
+        if not (RESULTS / f"{file}.json").exists():
+            continue  # not run yet
         stated = json.loads((RESULTS / f"{file}.json").read_text())["goals"]
         missed = [f"{g['name']} ({cell(g['value'])}, wanted {g['goal']})" for g in stated
                   if not g["met"]]  # fmt: skip
