@@ -28,17 +28,17 @@ def suppression(result: Result, at: str = "80%") -> str:
         there = [row["kl"] for row in mine if row["strength"] is not None]
         return len(mine) > len(there), sum(there) / max(1, len(there))
 
-    def seeds(method: tuple[str, str]) -> int:
-        return len({row["seed"] for row in rows if (row["method"], row["units"]) == method})
+    def title(concept: str) -> str:
+        seeds = len({row["seed"] for row in rows if row["concept"] == concept})
+        return f"{concept}, {seeds} seeds"
 
     return table([
         {"method": f"{method[0]}, {method[1]}"}
         | {
-            concept: cell([r for r in rows if r["concept"] == concept
-                           and (r["method"], r["units"]) == method])
+            title(concept): cell([r for r in rows if r["concept"] == concept
+                                  and (r["method"], r["units"]) == method])
             for concept in concepts
         }
-        | {"seeds": seeds(method)}
         for method in sorted(methods, key=mean_kl)
     ])  # fmt: skip
 
