@@ -37,7 +37,10 @@ class FiringStats:
     @torch.no_grad()
     def update(self, codes: Codes) -> Int[Tensor, "d_sae"]:
         """Add a batch of codes (every entry counts as a firing); returns the batch's counts."""
-        count = torch.bincount(codes.col, minlength=codes.d_sae)
+        if codes.by_latent is None:
+            count = torch.bincount(codes.col, minlength=codes.d_sae)
+        else:  # bincount would make the host wait for the device
+            count = codes.by_latent.starts.diff()
         self.count += count
         self.peak.scatter_reduce_(0, codes.col, codes.values.detach().to(self.peak.dtype), "amax")
         self.n_tokens += codes.n

@@ -76,7 +76,7 @@ def adapt_l1(l1: float, l0: float, k: int, config: SparsityConfig) -> float:
 
 def jump(sae: SAE, codes: Codes, config: SparsityConfig) -> tuple[Codes, Float[Tensor, ""]]:
     """JumpReLU activations and the L0 penalty, both with a gradient into the thresholds."""
-    threshold = sae.threshold.index_select(0, codes.col)
+    threshold = autograd.lookup(sae.threshold, codes)
     acts, on = nonlinearity.jump_straight_through(codes.values, threshold, config.bandwidth)
     l0 = on.sum() / codes.n
     return codes.with_values(acts), config.penalty * (l0 / sae.config.k - 1).square()

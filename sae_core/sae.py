@@ -184,12 +184,15 @@ class SAE(nn.Module):
         """(acts * scale) W_dec + b_dec: the reconstruction of u, that is of a normalised token."""
         return (acts * self.scale) @ self.W_dec + self.b_dec
 
+    def scaled(self, codes: Codes) -> Codes:
+        """Activations times their latents' scale: what multiplies the rows of W_dec."""
+        if self.config.kind != "gba":  # scale is 1 for every other kind
+            return codes
+        return codes.with_values(codes.values * autograd.lookup(self.scale, codes))
+
     def decode_sparse(self, codes: Codes) -> Float[Tensor, "n d_in"]:
         """As `decode`, from codes; differentiable in their values and in the decoder."""
-        values = codes.values
-        if self.config.kind == "gba":  # scale is 1 for every other kind
-            values = values * self.scale.index_select(0, codes.col)
-        return autograd.decode(codes.with_values(values), self.W_dec) + self.b_dec
+        return autograd.decode(self.scaled(codes), self.W_dec) + self.b_dec
 
     @torch.no_grad()
     def reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
@@ -217,6 +220,13 @@ class SAE(nn.Module):
         """Codes with pre-activations recomputed in full precision at the active entries."""
         y = sparse.sampled(codes, u - self.b_dec, self.W_enc.T)
         return codes.with_values(y + self.b_enc.index_select(0, codes.col))
+
+    def unit_matrices(self) -> list[Tensor]:
+        """The matrices whose latents `project` keeps at unit norm."""
+        found: list[Tensor] = [self.W_enc] if self.config.kind == "gba" else []
+        if not self.config.tied:
+            found.append(self._W_dec)
+        return found
 
     @torch.no_grad()
     def project(self) -> None:

@@ -1,19 +1,46 @@
 """One training step: gradient step, firing counts, bias step."""
 
+from types import ModuleType
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sae_core import gba, loss, nonlinearity, reweighting
 from sae_core.firing import FiringStats
-from sae_core.kernels import autograd
+from sae_core.kernels import autograd, sparse
+from sae_core.kernels.choice import kernels
 from sae_core.kernels.codes import Codes
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
 
+FUSED_KINDS = ("gba", "jumprelu", "relu")  # what decides, a threshold, is known before the product
+ROOM = 2  # times the entries asked for: place reserved for a batch's codes before they are counted
 
-def _active_set(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor]:
-    """Active entries with exact pre-activations, and the pre-activations they were chosen from."""
+
+def _fused_active_set(
+    fast: ModuleType, sae: SAE, u: Tensor, config: TrainConfig
+) -> Codes | None:
+    """As `_active_set` for a kind of FUSED_KINDS, without pre-activations in memory.
+
+    None for a batch so dense, as in the first steps from biases 0, that dense products are faster.
+    """
+    jump = sae.config.kind == "jumprelu"
+    return fast.active_codes(
+        u - sae.b_dec, sae.W_enc, sae.b_enc,
+        sae.threshold - config.sparsity.bandwidth / 2 if jump else None,
+        getattr(torch, config.precision), room=ROOM * sae.config.k * len(u),
+        low=None if jump else 0.0, most=sparse.DENSE_ABOVE * len(u) * sae.d_sae,
+    )  # fmt: skip
+
+
+def _active_set(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor | None]:
+    """Active entries with exact pre-activations, and the dense pre-activations if there are any."""
+    fast = kernels(u)
+    if fast is not None and sae.config.kind in FUSED_KINDS:
+        codes = _fused_active_set(fast, sae, u, config)
+        if codes is not None:
+            return codes, None
     pre = sae.pre_activations(u, getattr(torch, config.precision))
     if sae.config.kind in ("topk", "batch_topk"):
         pre = pre.float()  # ranked in the type of the values
@@ -33,28 +60,40 @@ def dead_after_tokens(config: TrainConfig) -> int:
     return asked or min(10_000_000, config.steps * config.batch_size // 10)
 
 
+def _reconstruction(
+    sae: SAE, u: Tensor, codes: Codes, state: TrainState
+) -> tuple[Tensor, Tensor]:
+    """Reconstruction loss and u_hat of gated codes."""
+    weights = None if state.weights is None else state.weights.squared
+    fast = kernels(u) if codes.density <= sparse.DENSE_ABOVE else None
+    if fast is not None and sae.d_in <= fast.MOST_COLUMNS:
+        factor = 1 / (u.shape[0] * state.variance)
+        return fast.reconstruction(sae.scaled(codes), sae.W_dec, sae.b_dec, u, factor, weights)
+    u_hat = sae.decode_sparse(codes)
+    return loss.reconstruction_loss(u_hat, u, state.variance, weights), u_hat
+
+
 def _losses(
     sae: SAE, u: Tensor, state: TrainState, config: TrainConfig
 ) -> tuple[Tensor, Codes, Tensor]:
     """Total loss, the codes that fired, and u_hat."""
     codes, pre = _active_set(sae, u, config)
+    codes = autograd.encode(u, sae.W_enc, sae.b_enc, sae.b_dec, codes)
     if sae.config.kind == "jumprelu":
-        codes = autograd.encode(u, sae.W_enc, sae.b_enc, sae.b_dec, codes)
         codes, extra = loss.jump(sae, codes, config.sparsity)
-        u_hat = sae.decode_sparse(codes)
         fired = codes.keep(codes.values > 0)
     else:
-        codes, u_hat = sae.autoencode(u, codes)
-        fired, extra = codes, u_hat.new_zeros(())
+        codes = fired = sae.gate(codes)
+        extra = u.new_zeros(())
+    error, u_hat = _reconstruction(sae, u, codes, state)
     if sae.config.kind == "relu":
         extra = state.l1 * loss.l1_penalty(codes)
     if sae.config.kind in ("topk", "batch_topk") and config.sparsity.auxk:
         dead = state.tokens_since >= dead_after_tokens(config)
-        if dead.any():
+        if pre is not None and dead.any():
             k = config.sparsity.auxk_k or sae.d_in // 2
             extra = config.sparsity.auxk * loss.auxk_loss(sae, u, u_hat, pre, dead, k)
-    weights = None if state.weights is None else state.weights.squared
-    return loss.reconstruction_loss(u_hat, u, state.variance, weights) + extra, fired, u_hat
+    return error + extra, fired, u_hat
 
 
 def _average_gradients(optimizer: torch.optim.Adam) -> None:
@@ -63,6 +102,20 @@ def _average_gradients(optimizer: torch.optim.Adam) -> None:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
+
+
+def _update(sae: SAE, optimizer: torch.optim.Adam) -> None:
+    """Adam's step, then unit norm where the kind asks for it."""
+    fast = kernels(sae.b_dec)
+    if fast is not None and sae.d_in <= fast.MOST_COLUMNS:
+        for matrix in sae.unit_matrices():
+            fast.adam_unit_rows(optimizer, matrix)
+        optimizer.step()  # those without a gradient are passed over
+    else:
+        optimizer.step()
+        sae.project()
+    if sae.config.kind == "jumprelu":
+        sae.threshold.data.clamp_min_(0)
 
 
 def gradient_step(
@@ -77,10 +130,7 @@ def gradient_step(
         _average_gradients(state.optimizer)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["factor"]
-    state.optimizer.step()
-    sae.project()
-    if sae.config.kind == "jumprelu":
-        sae.threshold.data.clamp_min_(0)
+    _update(sae, state.optimizer)
     return codes.with_values(codes.values.detach()), u_hat.detach()
 
 

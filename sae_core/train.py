@@ -51,21 +51,24 @@ class _Window:
     """Sums behind one StepRecord; FVU is the ratio of sums about the window's mean."""
 
     def __init__(self) -> None:
-        self.residual = self.square = self.active = self.n = 0.0
+        self.active = self.n = 0.0
+        # on the device until the record: a number asked for at every step would hold it up
+        self.residual: Tensor | float = 0.0
+        self.square: Tensor | float = 0.0
         self.total: Tensor | float = 0.0
 
     def add(self, u: Tensor, u_hat: Tensor, codes: Codes) -> None:
-        self.residual += float((u - u_hat).square().sum(dtype=torch.float64))
-        self.square += float(u.square().sum(dtype=torch.float64))
+        self.residual = self.residual + (u - u_hat).square().sum(dtype=torch.float64)
+        self.square = self.square + u.square().sum(dtype=torch.float64)
         self.total = self.total + u.sum(0, dtype=torch.float64)
         self.active += codes.col.shape[0]
         self.n += u.shape[0]
 
     def record(self, state: TrainState, dead_after: int, lr: float) -> StepRecord:
         assert isinstance(self.total, Tensor)
-        variation = self.square - float(self.total.square().sum()) / self.n
+        variation = float(self.square) - float(self.total.square().sum()) / self.n
         dead = float((state.tokens_since >= dead_after).double().mean())
-        fvu = self.residual / max(variation, 1e-30)
+        fvu = float(self.residual) / max(variation, 1e-30)
         return StepRecord(state.step, state.tokens, fvu, self.active / self.n, dead, lr)
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+if not torch.cuda.is_available():  # before triton is imported, by whomever: its own functions too
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # HYPOTHESIS_PROFILE=explore draws new examples, and more of them.
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None, max_examples=1000)

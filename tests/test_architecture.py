@@ -141,7 +141,7 @@ def wrong_homes(path: str, source: str) -> list[str]:
         elif outside and path.startswith("sae_core/"):
             known = package in sys.stdlib_module_names or package in CORE_TOP_LEVEL | {"sae_core"}
             # a kernel of an optional compiler is itself imported lazily, by device
-            is_kernel = package == "triton" and path == "sae_core/kernels/triton.py"
+            is_kernel = package == "triton" and fnmatch(path, "sae_core/kernels/triton*.py")
             if not known and not is_kernel:
                 bad.append(f"{path}:{line} imports {package} outside a function")
     return bad

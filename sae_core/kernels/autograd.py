@@ -31,7 +31,7 @@ class _Encode(torch.autograd.Function):
         x, w_enc, b_dec = ctx.saved_tensors
         codes = ctx.codes.with_values(dy.contiguous())
         need_x, need_w, need_b, need_b_dec, _ = ctx.needs_input_grad
-        total = torch.zeros_like(w_enc[0]).index_add_(0, codes.col, codes.values)
+        total = sparse.latent_sums(codes)
         dx = sparse.matmul(codes, w_enc.T) if need_x else None
         # .T: W_enc is stored column by column (see sae.py), so the gradient has its strides
         dw = sparse.matmul_t(codes, x - b_dec).T if need_w else None
@@ -52,6 +52,22 @@ class _Decode(torch.autograd.Function):
         dvalues = sparse.sampled(codes, dx_hat, w_dec) if ctx.needs_input_grad[0] else None
         dw = sparse.matmul_t(codes, dx_hat) if ctx.needs_input_grad[1] else None
         return dvalues, dw, None
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, per_latent: Tensor, codes: Codes) -> Tensor:
+        ctx.codes = codes.with_values(codes.values.detach())
+        return per_latent.index_select(0, codes.col)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        return sparse.latent_sums(ctx.codes.with_values(d.contiguous())), None
+
+
+def lookup(per_latent: Float[Tensor, "d_sae"], codes: Codes) -> Float[Tensor, "nnz"]:
+    """The number of each entry's latent; the gradient is the sum over the latent's entries."""
+    return _Lookup.apply(per_latent, codes)
 
 
 def encode(

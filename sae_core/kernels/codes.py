@@ -8,6 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+class ByLatent(NamedTuple):
+    """The entries of codes in the order of their latents; what the transposed product needs."""
+
+    order: Int[Tensor, "nnz"]
+    """Places of the entries, by latent, then by token, [nnz]."""
+    starts: Int[Tensor, "d_sae_plus_1"]
+    """Where each latent starts in that order, [d_sae + 1]; the differences are firing counts."""
+
+
 class Codes(NamedTuple):
     """Active latents of n tokens in compressed sparse rows; columns ascend within a row."""
 
@@ -21,6 +30,8 @@ class Codes(NamedTuple):
     """Activation of each entry, [nnz]; carries the gradient."""
     d_sae: int
     """Number of latents."""
+    by_latent: ByLatent | None = None
+    """Where it was found once for several products; None: each finds it itself."""
 
     @property
     def n(self) -> int:

@@ -1,0 +1,20 @@
+"""How the Triton kernels are launched."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any, **constants: Any
+) -> None:
+    """Run a kernel on the device of its first argument, which need not be the current one.
+
+    An empty grid, as of a batch without tokens, is no launch: CUDA refuses it.
+    """
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(first) if first.is_cuda else nullcontext():
+        kernel[grid](first, *others, **constants)
