@@ -48,6 +48,8 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 	$(BIN)/python -m benchmarks.similarity
 	$(BIN)/python -m benchmarks.moran
 	$(BIN)/python -m benchmarks.geography --part findings --areas world GB
+	$(BIN)/python -m benchmarks.suppression_cost
+	$(BIN)/python -m benchmarks.alignment
 
 figures: $(STAMP) ## draw results/figures from benchmarks/results
 	$(BIN)/python -m benchmarks.figures
