@@ -25,7 +25,7 @@ import triton.language as tl
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from sae_core.kernels.triton_launch import launch
+from sae_core.kernels.triton_launch import blocks, launch, power_of_2
 
 
 class Tiles(NamedTuple):
@@ -134,8 +134,8 @@ def product_bits(
     m = w_enc.shape[1]
     t = tiles or (HALF_TILES if x.dtype.itemsize == 2 else FULL_TILES)
     x, w = x.contiguous(), w_enc.T.contiguous()
-    bits = x.new_empty((n, triton.cdiv(m, 32)), dtype=torch.int32)
-    grid = (triton.cdiv(n, t.tokens) * triton.cdiv(m, t.latents),)
+    bits = x.new_empty((n, blocks(m, 32)), dtype=torch.int32)
+    grid = (blocks(n, t.tokens) * blocks(m, t.latents),)
     launch(
         _product_bits, grid, x, w, bound.float().contiguous(), bits, n, m, d, bits.shape[1],
         TOKENS=t.tokens, LATENTS=t.latents, DEPTH=t.depth, GROUP=t.group,
@@ -156,10 +156,10 @@ def dense_bits(
         bound: float32.
     """
     n, m = pre.shape
-    bits = pre.new_empty((n, triton.cdiv(m, 32)), dtype=torch.int32)
-    columns = min(1024, max(32, triton.next_power_of_2(m)))
-    rows = min(DENSE_CELLS // columns, triton.next_power_of_2(max(1, n)))
-    grid = (triton.cdiv(n, rows), triton.cdiv(m, columns))
+    bits = pre.new_empty((n, blocks(m, 32)), dtype=torch.int32)
+    columns = min(1024, max(32, power_of_2(m)))
+    rows = min(DENSE_CELLS // columns, power_of_2(n))
+    grid = (blocks(n, rows), blocks(m, columns))
     launch(
         _dense_bits, grid, pre.contiguous(), bound.float().contiguous(), bits, n, m, bits.shape[1],
         ROWS=rows, COLUMNS=columns,

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from sae_core.kernels.codes import Codes
-from sae_core.kernels.triton_launch import launch
+from sae_core.kernels.triton_launch import launch, power_of_2
 
 WORDS = 2048  # words of a row that a program holds at once
 SLOTS = 256  # entries of a row that a program holds at once
@@ -60,7 +60,7 @@ def _entries(bits, crow, row, col, words, room, WIDTH: tl.constexpr):
         # the lowest bit of every word at once, until none is left: one to three rounds as a rule
         for _ in range(0, tl.max(ones, 0)):
             mask = (word != 0) & (place < room)
-            bit = _ones((word & (~word + 1)) - 1)
+            bit = _ones(word ^ (word - 1)) - 1
             tl.store(row + place, tl.zeros((WIDTH,), tl.int64) + i, mask=mask)
             tl.store(col + place, ((start + lane) * 32 + bit).to(tl.int64), mask=mask)
             word = word & (word - 1)
@@ -104,7 +104,7 @@ def _keep(
 
 
 def _width(words: int) -> int:
-    return min(WORDS, triton.next_power_of_2(words))
+    return min(WORDS, power_of_2(words))
 
 
 def _starts(count: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched."""
+"""How the Triton kernels are launched, and what their grids are computed with."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -18,3 +18,13 @@ def launch(
         return
     with torch.cuda.device_of(first) if first.is_cuda else nullcontext():
         kernel[grid](first, *others, **constants)
+
+
+def blocks(n: int, size: int) -> int:
+    """How many blocks of this size cover n."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is n or more; 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()

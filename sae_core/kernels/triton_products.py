@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.kernels.codes import ByLatent, Codes
-from sae_core.kernels.triton_launch import launch
+from sae_core.kernels.triton_launch import blocks, launch, power_of_2
 
 PIECE = 256  # entries of one latent that one program adds up
 CELLS = 4096  # numbers that a program gathers at once, 32 to a thread
@@ -36,7 +36,7 @@ class _Block(NamedTuple):
 
 def block(d: int, columns: int, cells: int) -> _Block:
     """Entries, columns and warps for rows of d numbers, where so many of them are held at once."""
-    columns = min(columns, triton.next_power_of_2(d))
+    columns = min(columns, power_of_2(d))
     entries = max(1, min(16, cells // columns))
     return _Block(entries, columns, max(1, min(32, entries * columns // 1024)))
 
@@ -159,7 +159,7 @@ def matmul(
     out = w.new_empty((codes.n, w.shape[1]), dtype=dtype)
     b = block(w.shape[1], COLUMNS, CELLS)
     launch(
-        _matmul, (codes.n, triton.cdiv(w.shape[1], b.columns)), codes.crow, codes.col, codes.values,
+        _matmul, (codes.n, blocks(w.shape[1], b.columns)), codes.crow, codes.col, codes.values,
         w, w if bias is None else bias, out, w.shape[1], HAS_BIAS=bias is not None,
         ENTRIES=b.entries, COLUMNS=b.columns, SUM=sum_type, num_warps=b.warps,
     )  # fmt: skip
@@ -204,7 +204,7 @@ def matmul_t(codes: Codes, g: Float[Tensor, "n d"]) -> Float[Tensor, "d_sae d"]:
     out = g.new_empty((codes.d_sae, d), dtype=dtype)
     parts = g.new_empty((2 * n_more, d), dtype=dtype)
     b = block(d, COLUMNS, CELLS)
-    grid = (len(program), triton.cdiv(d, b.columns))
+    grid = (len(program), blocks(d, b.columns))
     launch(
         _pieces, grid, order, codes.row, codes.values, starts, latent_of, first_piece, slot, g, out,
         parts, d, PIECE=PIECE, ENTRIES=b.entries, COLUMNS=b.columns, SUM=sum_type,

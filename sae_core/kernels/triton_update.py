@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_core.kernels.triton_launch import launch
+from sae_core.kernels.triton_launch import launch, power_of_2
 from sae_core.kernels.triton_products import sum_types
 
 
@@ -69,7 +69,7 @@ def adam_unit_rows(optimizer: torch.optim.Adam, parameter: Tensor) -> None:
         for t in (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
     )
     n, d = p.shape
-    columns = triton.next_power_of_2(d)
+    columns = power_of_2(d)
     beta1, beta2 = group["betas"]
     launch(
         _adam_unit_rows, (n,), p, g.contiguous(), m, v, state["step"], d, group["lr"], group["eps"],
