@@ -44,9 +44,9 @@ import torch
 from benchmarks.common import Goal, read_cells, write_result
 from sae_apps.suppression.concepts import LabelledTexts
 from sae_apps.suppression.curves import Curve, interval
-from sae_apps.suppression.evaluate import EvaluationConfig, Reader, Trial, erasure, evaluate
+from sae_apps.suppression.evaluate import EvaluationConfig, Reader, erasure, evaluate
 from sae_apps.suppression.likelihood import ReadConfig
-from sae_apps.suppression.trial import make_trial
+from sae_apps.suppression.trial import Trial, make_trial
 from sae_apps.tasks.text import open_text
 from sae_core.download import cache_dir
 from sae_core.errors import UserError
@@ -239,18 +239,12 @@ class Bench:
 
     def tokens(self) -> tuple[Any, np.ndarray]:
         """Labelled tokens of the texts for fitting, and tokens of the background."""
-        from sae_apps.suppression.lineup import token_sample
+        from sae_apps.suppression.lineup import background_tokens, token_sample
 
-        train, passages = self._kept["trial"].train, self.passages[: len(self.passages) // 2]
-        found = token_sample(
-            self.lm, HOOK, [*train.texts, *passages],
-            np.concatenate([train.is_concept, np.zeros(len(passages), dtype=bool)]),
-            context_size=self.size.context_size,
-        )  # fmt: skip
-        mine = found.of(range(len(train.texts)))
-        return replace(
-            found, x=found.x[mine], is_concept=found.is_concept[mine], text=None
-        ), found.x[~mine]
+        train, n = self._kept["trial"].train, self.size.context_size
+        mine = token_sample(self.lm, HOOK, train.texts, train.is_concept, context_size=n)
+        passages = self.passages[: len(self.passages) // 2]
+        return mine, background_tokens(self.lm, HOOK, passages, context_size=n)
 
     def app(self, kind: str, seed: int) -> Any:
         """APP on the latents of one SAE, with held-out texts for the joint gate."""

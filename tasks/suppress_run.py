@@ -18,8 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sae_apps.suppression.app import save_app
 from sae_apps.suppression.concepts import LabelledTexts, require_concept
 from sae_apps.suppression.curves import Curve, matched
@@ -28,7 +26,13 @@ from sae_apps.suppression.fit import Fit, FitConfig, fit_report
 from sae_apps.suppression.gated import fit_gated
 from sae_apps.suppression.generations import continue_prompts
 from sae_apps.suppression.likelihood import ReadConfig
-from sae_apps.suppression.lineup import fit_rivals, instruction, token_sample
+from sae_apps.suppression.lineup import (
+    TokenSample,
+    background_tokens,
+    fit_rivals,
+    instruction,
+    token_sample,
+)
 from sae_apps.suppression.trial import make_trial, strengths_of
 from sae_apps.suppression.units import open_units
 from sae_core.activations import HarvestConfig
@@ -42,7 +46,7 @@ from .finished import SUMMARY, finished_folder
 from .separability_run import read_labelled
 
 if TYPE_CHECKING:
-    from sae_apps.suppression.evaluate import Labelled
+    from sae_apps.suppression.trial import Labelled
     from sae_core.models import LanguageModel
 
     from .separability import ConceptOptions
@@ -177,26 +181,21 @@ def _curves(plan: Plan, app: Any) -> list[Curve]:
 
 def _rivals(plan: Plan, units: Any, train: "Labelled", n_units: int) -> dict[str, Any]:
     """All fitted on the same tokens; half of the neutral text is background of the gate."""
-    background = plan.neutral[: len(plan.neutral) // 2]
+    place, size = plan.run.hook_point, plan.judged.context_size
 
-    def sample(place: str) -> tuple[Any, Any]:
-        found = token_sample(
-            plan.lm, place, [*train.texts, *background],
-            np.concatenate([train.is_concept, np.zeros(len(background), dtype=bool)]),
-            context_size=plan.judged.context_size,
-        )  # fmt: skip
-        mine = found.of(range(len(train.texts)))
-        labelled = replace(found, x=found.x[mine], is_concept=found.is_concept[mine], text=None)
-        return labelled, found.x[~mine]
+    def sample(point: str) -> TokenSample:
+        return token_sample(plan.lm, point, train.texts, train.is_concept, context_size=size)
 
-    mine, rest = sample(units.hook_point)
+    mine = sample(units.hook_point)
     found = fit_rivals(units, mine, n_units=n_units, seed=plan.chosen.seed)
-    if units.hook_point != plan.run.hook_point:
-        mine, rest = sample(plan.run.hook_point)
-    whole = open_units(plan.lm, None, plan.run.hook_point, "residual")
+    if units.hook_point != place:
+        mine = sample(place)
+    background = plan.neutral[: len(plan.neutral) // 2]
+    rest = background_tokens(plan.lm, place, background, context_size=size)
+    whole = open_units(plan.lm, None, place, "residual")
     plane = fit_rivals(whole, mine, n_units=1, names=["direction"])["direction"]
-    found["residual_direction"] = plane
-    return {"app_direction": fit_gated(plane, mine.x, mine.is_concept, rest), **found}
+    gated = fit_gated(plane, mine.x, mine.is_concept, rest)
+    return {"app_direction": gated, **found, "residual_direction": plane}
 
 
 def run(plan: Plan) -> dict[str, Any]:

@@ -12,9 +12,7 @@ from sae_apps.suppression.concepts import LabelledTexts
 from sae_apps.suppression.curves import Curve, crossing, matched, resample
 from sae_apps.suppression.evaluate import (
     EvaluationConfig,
-    Labelled,
     Reader,
-    Trial,
     erasure,
     evaluate,
 )
@@ -23,7 +21,7 @@ from sae_apps.suppression.lineup import fit_rivals, token_sample
 from sae_apps.suppression.probes import Probe, balanced_accuracy, fit_probe
 from sae_apps.suppression.rivals import PromptEdit, at_strength
 from sae_apps.suppression.suppress import suppress
-from sae_apps.suppression.trial import make_trial
+from sae_apps.suppression.trial import Labelled, Trial, make_trial
 from sae_apps.suppression.units import open_units
 from sae_core.errors import UserError
 from sae_core.models import LanguageModel

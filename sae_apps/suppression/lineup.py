@@ -49,21 +49,9 @@ class TokenSample:
     """[n, d] float32."""
     is_concept: Bool[np.ndarray, " n"]
     """Label of the token's text."""
-    text: Int[np.ndarray, " n"] | None = None
-    """Number of the token's text."""
 
     def __post_init__(self) -> None:
         check_labels(self.x, self.is_concept)
-
-    def of(self, texts: range) -> Bool[np.ndarray, " n"]:
-        """Which tokens are of these texts.
-
-        Raises:
-            UserError: the sample does not know the texts of its tokens.
-        """
-        if self.text is None:
-            raise UserError("Expected a sample with the text of each token, got none.")
-        return (self.text >= texts.start) & (self.text < texts.stop)
 
 
 def token_sample(
@@ -81,14 +69,35 @@ def token_sample(
         UserError: one class only, labels of another length, or an unknown hook point.
     """
     check_labels(np.empty(len(texts)), is_concept)
+    x, text = _tokens(lm, hook_point, texts, context_size, batch_tokens)
+    return TokenSample(hook_point, x, is_concept[text])
+
+
+def background_tokens(
+    lm: LanguageModel,
+    hook_point: str,
+    texts: Sequence[str],
+    *,
+    context_size: int = 128,
+    batch_tokens: int = 2048,
+) -> Float[np.ndarray, "n d"]:
+    """Tokens of running text without a label, read as ``token_sample`` reads; none for no text."""
+    if not texts:
+        return np.empty((0, lm.d_model), dtype=np.float32)
+    return _tokens(lm, hook_point, texts, context_size, batch_tokens)[0]
+
+
+def _tokens(
+    lm: LanguageModel, hook_point: str, texts: Sequence[str], context_size: int, batch_tokens: int
+) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
+    """Activations [n, d] and the text of each."""
     rows = [TextRow(place, text, {}) for place, text in enumerate(texts)]
     config = HarvestConfig(context_size=context_size, batch_tokens=max(batch_tokens, context_size))
     x, row = [], []
     for found in stream_activations(lm, rows, [hook_point], config):
         x.append(found[hook_point].x.float().cpu().numpy())
         row.append(found[hook_point].row_id.numpy())
-    text = np.concatenate(row)
-    return TokenSample(hook_point, np.concatenate(x), is_concept[text], text)
+    return np.concatenate(x), np.concatenate(row)
 
 
 def sample_values(units: Units, sample: TokenSample) -> Values:

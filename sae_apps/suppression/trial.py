@@ -1,15 +1,70 @@
-"""From labelled texts to a trial: pair what is parallel, name the other concepts.
+"""What suppression of a concept is judged on: texts, pairs, neutral text, other concepts.
 
 pairs: texts with and without the concept of one document;   others: one label against the rest
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from sae_apps.suppression.concepts import LabelledTexts, require_concept
-from sae_apps.suppression.evaluate import Labelled, Trial
+from sae_apps.suppression.probes import check_labels
 from sae_core.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Texts with one yes or no each."""
+
+    texts: Sequence[str]
+    """n texts."""
+    is_concept: Bool[np.ndarray, " n"]
+    """Labels, [n]."""
+    group: Int[np.ndarray, " n"]
+    """Document of each text, [n]: texts of one document are resampled together."""
+
+    def __post_init__(self) -> None:
+        check_labels(np.empty(len(self.texts)), self.is_concept)
+        if len(self.group) != len(self.texts):
+            raise UserError(
+                f"Expected a document for each of {len(self.texts)} texts, got {len(self.group)}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Everything on which suppression of one concept is judged."""
+
+    concept: str
+    """Its name."""
+    train: Labelled
+    """For the probes."""
+    test: Labelled
+    """For removal; no document of it in train."""
+    neutral: Sequence[str]
+    """Running text without the concept, one document each, for perplexity and KL."""
+    pairs: Int[np.ndarray, "m 2"] = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
+    """Places in test of a concept text and its neutral rewrite; empty where there are none."""
+    others: Mapping[str, tuple[Labelled, Labelled]] = field(default_factory=dict)
+    """Other concepts: train and test."""
+
+    def __post_init__(self) -> None:
+        if not len(self.neutral):
+            raise UserError("Expected at least one neutral text, got none.")
+        both = set(self.train.group.tolist()) & set(self.test.group.tolist())
+        if both:
+            raise UserError(
+                f"Expected no document in both train and test, got {len(both)}, for one "
+                f"{min(both)}."
+            )
+        label = self.test.is_concept
+        if len(self.pairs) and not (label[self.pairs[:, 0]] & ~label[self.pairs[:, 1]]).all():
+            raise UserError(
+                "Expected pairs of a concept text and one without it, got others among "
+                f"{len(self.pairs)} pairs."
+            )
 
 
 def make_trial(
