@@ -45,7 +45,7 @@ from benchmarks.common import Goal, read_cells, write_result
 from sae_apps.suppression.concepts import LabelledTexts
 from sae_apps.suppression.curves import Curve, interval
 from sae_apps.suppression.evaluate import EvaluationConfig, Reader, erasure, evaluate
-from sae_apps.suppression.likelihood import ReadConfig
+from sae_apps.suppression.plain_texts import ReadConfig
 from sae_apps.suppression.trial import Trial, make_trial
 from sae_apps.tasks.text import open_text
 from sae_core.download import cache_dir

@@ -25,7 +25,6 @@ from sae_apps.suppression.evaluate import EvaluationConfig, Reader, evaluate
 from sae_apps.suppression.fit import Fit, FitConfig, fit_report
 from sae_apps.suppression.gated import fit_gated
 from sae_apps.suppression.generations import continue_prompts
-from sae_apps.suppression.likelihood import ReadConfig
 from sae_apps.suppression.lineup import (
     TokenSample,
     background_tokens,
@@ -33,6 +32,7 @@ from sae_apps.suppression.lineup import (
     instruction,
     token_sample,
 )
+from sae_apps.suppression.plain_texts import ReadConfig
 from sae_apps.suppression.trial import make_trial, strengths_of
 from sae_apps.suppression.units import open_units
 from sae_core.activations import HarvestConfig

@@ -16,8 +16,9 @@ from sae_apps.suppression.evaluate import (
     erasure,
     evaluate,
 )
-from sae_apps.suppression.likelihood import ReadConfig, pool_texts, read_plain, read_texts
+from sae_apps.suppression.likelihood import pool_texts, read_texts
 from sae_apps.suppression.lineup import fit_rivals, token_sample
+from sae_apps.suppression.plain_texts import ReadConfig, read_plain
 from sae_apps.suppression.probes import Probe, balanced_accuracy, fit_probe
 from sae_apps.suppression.rivals import PromptEdit, at_strength
 from sae_apps.suppression.suppress import suppress

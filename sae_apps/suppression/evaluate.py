@@ -19,14 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_apps.suppression.curves import Curve, check_strengths, resample
-from sae_apps.suppression.likelihood import (
-    PlainTexts,
-    ReadConfig,
-    Reading,
-    pool_texts,
-    read_plain,
-    read_texts,
-)
+from sae_apps.suppression.likelihood import Reading, pool_texts, read_texts
+from sae_apps.suppression.plain_texts import PlainTexts, ReadConfig, read_plain
 from sae_apps.suppression.probes import CHANCE, Probe, fit_probe
 from sae_apps.suppression.rivals import at_strength
 from sae_apps.suppression.trial import Labelled, Trial

@@ -3,19 +3,17 @@
     nll = - sum_t log p'(w_t | w_<t)        perplexity = exp(sum nll / sum n)
     kl  = sum_t sum_w p(w | w_<t) log( p(w | w_<t) / p'(w | w_<t) )
 
-p is the plain model, p' the edited one (``suppress``, scope text); sums over the tokens of the text
-without special ones and without its first, which no text of its own goes before. The same tokens
-are pooled. An instruction before the text is context only: its tokens are neither scored nor
-pooled.
+p is the plain model, p' the edited one (``suppress``, scope text); sums over the scored tokens of
+the text (``plain_texts``), over which activations are pooled as well. An instruction before the
+text is context only: its tokens are neither scored nor pooled.
 
-The plain model reads a text once (``PlainTexts``). An edit at the place where it was read then acts
-on the kept states, and a pass for its likelihood starts there (``sae_core.resume``); any other edit
-takes a whole pass.
+An edit at the place where the plain model was read acts on the kept states, and a pass for its
+likelihood starts there (``sae_core.resume``); any other edit takes a whole pass.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,38 +21,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_apps.suppression.plain_texts import (
+    Batch,
+    Line,
+    PlainTexts,
+    ReadConfig,
+    padded,
+    read_plain,
+)
 from sae_apps.suppression.rivals import PromptEdit
 from sae_apps.suppression.suppress import edited, suppress
 from sae_core.errors import UserError
-from sae_core.hooks import (
-    HookPoint,
-    decoder_blocks,
-    read_and_stop,
-    resolve_hook_point,
-)
+from sae_core.hooks import read_and_stop, resolve_hook_point
 from sae_core.models import LanguageModel
-from sae_core.resume import layer_of, resume_from
+from sae_core.resume import resume_from
 
-_LOGIT_BYTES = 1 << 28  # float32 logits of a batch
 _KEPT_BYTES = 1 << 30  # logits of the plain model, kept between calls up to here
 _CHUNK = 128  # tokens whose distributions are compared at once: they stay in the cache
-
-
-@dataclass(frozen=True)
-class ReadConfig:
-    """How texts are read."""
-
-    context_size: int = 128
-    """Tokens of a text at most, an instruction not counted; what is longer is cut."""
-    batch_tokens: int = 2048
-    """Tokens a forward pass at most, padding counted."""
-
-    def __post_init__(self) -> None:
-        if self.context_size < 2 or self.batch_tokens < 1:
-            raise UserError(
-                "Expected context_size of at least 2 and batch_tokens of at least 1, got "
-                f"{self.context_size} and {self.batch_tokens}."
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,72 +57,6 @@ class Reading:
     def perplexity(self) -> float:
         """exp of the mean nll a token: sums are divided, not averaged by text."""
         return float(np.exp(self.nll.sum() / self.n_tokens.sum()))
-
-
-class _Line(NamedTuple):
-    place: int
-    ids: list[int]
-    first: int
-    """Where the text begins in ids."""
-    is_scored: list[bool]
-
-
-class _Batch(NamedTuple):
-    lines: list[_Line]
-    ids: Int[Tensor, "b t"]
-    mask: Int[Tensor, "b t"]
-    scored: Bool[Tensor, "b t"]
-    state: Float[Tensor, "b t d"]
-    """At the place of the reading."""
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {"input_ids": self.ids, "attention_mask": self.mask}
-
-
-@dataclass(frozen=True, eq=False)
-class PlainTexts:
-    """Texts with the plain model's states at one place; made by ``read_plain``."""
-
-    point: HookPoint
-    """The place."""
-    config: ReadConfig
-    """How they were read."""
-    n_tokens: Int[np.ndarray, " n"]
-    """Scored tokens of each text."""
-    batches: list[_Batch]
-    """Texts of similar length together."""
-    can_resume: bool
-    """Whether a pass may start behind the place."""
-    logits: dict[int, Tensor] = field(default_factory=dict)
-    """Of the plain model at the scored tokens, by number of the batch, as far as they are kept."""
-
-
-def read_plain(
-    lm: LanguageModel, texts: Sequence[str], read_at: str, config: ReadConfig | None = None
-) -> PlainTexts:
-    """Read texts up to a place; memory grows with the tokens.
-
-    Args:
-        texts: n texts of at least two tokens each.
-        read_at: hook point whose activations are pooled, after the edit where it is the edited
-            one.
-    Raises:
-        UserError: no texts, a text of fewer than two tokens, or an unknown hook point.
-    """
-    config = config or ReadConfig()
-    if not texts:
-        raise UserError("Expected at least one text to read, got none.")
-    point = resolve_hook_point(lm.model, read_at)
-    rows = _tokenised(lm, texts, config)
-    batches = []
-    for lines in _batches(lm, rows, config):
-        ids, mask, scored = _padded(lm, lines, [])
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        state = read_and_stop(lm.model, [point], inputs)[point.name]
-        batches.append(_Batch(lines, ids, mask, scored, state))
-    n_tokens = np.array([sum(row.is_scored) for row in rows])
-    return PlainTexts(point, config, n_tokens, batches, _can_resume(lm, point, batches[0]))
 
 
 @torch.no_grad()
@@ -212,13 +129,13 @@ def _is_here(lm: LanguageModel, plain: PlainTexts, edit: Any) -> bool:
     return (place.path, place.side) == (plain.point.path, plain.point.side)
 
 
-def _state(lm: LanguageModel, plain: PlainTexts, batch: _Batch, edit: Any) -> _Seen:
+def _state(lm: LanguageModel, plain: PlainTexts, batch: Batch, edit: Any) -> _Seen:
     """The (edited) value at the place of the reading."""
     if edit is None:
         return _Seen(batch.state, batch.scored)
     if _is_here(lm, plain, edit):
         return _Seen(edited(lm, edit, batch.state, batch.inputs), batch.scored)
-    ids, mask, scored = _padded(lm, batch.lines, _prefix(lm, edit))
+    ids, mask, scored = padded(lm, batch.lines, _prefix(lm, edit))
     with _applied(lm, edit):
         inputs = {"input_ids": ids, "attention_mask": mask}
         return _Seen(read_and_stop(lm.model, [plain.point], inputs)[plain.point.name], scored)
@@ -231,14 +148,14 @@ def _pooled(seen: _Seen) -> Float[np.ndarray, "b d"]:
 
 
 def _logits(
-    lm: LanguageModel, plain: PlainTexts, batch: _Batch, edit: Any
+    lm: LanguageModel, plain: PlainTexts, batch: Batch, edit: Any
 ) -> Float[Tensor, "n vocabulary"]:
     """Of what follows each token before a scored one."""
     if plain.can_resume and (edit is None or _is_here(lm, plain, edit)):
         value = _state(lm, plain, batch, edit).value
         with resume_from(lm.model, plain.point, value):
             return _scored_logits(lm, batch.inputs, batch.scored)
-    ids, mask, scored = _padded(lm, batch.lines, _prefix(lm, edit))
+    ids, mask, scored = padded(lm, batch.lines, _prefix(lm, edit))
     with _applied(lm, edit):
         return _scored_logits(lm, {"input_ids": ids, "attention_mask": mask}, scored)
 
@@ -275,7 +192,7 @@ def _compare(
     return torch.cat(nll), torch.cat(kl)
 
 
-def _targets(lines: Sequence[_Line]) -> Int[Tensor, " n"]:
+def _targets(lines: Sequence[Line]) -> Int[Tensor, " n"]:
     pairs = (zip(line.ids, line.is_scored, strict=True) for line in lines)
     return torch.tensor([token for line in pairs for token, scored in line if scored])
 
@@ -284,37 +201,6 @@ def _applied(lm: LanguageModel, edit: Any) -> Any:
     if edit is None or isinstance(edit, PromptEdit):
         return nullcontext()
     return suppress(lm, edit)
-
-
-@torch.no_grad()
-def _can_resume(lm: LanguageModel, point: HookPoint, batch: _Batch) -> bool:
-    """A pass that starts from the plain states must end where a whole pass does."""
-    if layer_of(point, decoder_blocks(lm.model)[0]) is None:
-        return False
-    inputs = {name: one[:1] for name, one in batch.inputs.items()}
-    whole = lm.model(**inputs, use_cache=False).logits
-    try:
-        with resume_from(lm.model, point, batch.state[:1]):
-            again = lm.model(**inputs, use_cache=False).logits
-    except (TypeError, ValueError, IndexError, AttributeError):  # blocks of another kind
-        return False
-    return again.shape == whole.shape and bool(torch.allclose(again, whole, rtol=1e-3, atol=1e-3))
-
-
-# ---- texts to batches ----
-
-
-def _tokenised(lm: LanguageModel, texts: Sequence[str], config: ReadConfig) -> list[_Line]:
-    special = set(lm.tokenizer.all_special_ids)
-    rows = []
-    for place, text in enumerate(texts):
-        ids = list(lm.tokenizer(text)["input_ids"])[: config.context_size]
-        first = next((i for i, token in enumerate(ids) if token not in special), len(ids))
-        scored = [i > first and token not in special for i, token in enumerate(ids)]
-        if not any(scored):
-            raise UserError(f"Expected texts of at least two tokens, got {len(ids)} in {text!r}.")
-        rows.append(_Line(place, ids, first, scored))
-    return rows
 
 
 def _prefix(lm: LanguageModel, edit: Any) -> list[int]:
@@ -333,35 +219,7 @@ def _check_room(lm: LanguageModel, edits: Sequence[Any], config: ReadConfig) -> 
             )
 
 
-def _batches(lm: LanguageModel, rows: Sequence[_Line], config: ReadConfig) -> Iterator[list[_Line]]:
-    """Lines of similar length together."""
-    most = max(1, min(config.batch_tokens, _LOGIT_BYTES // (4 * len(lm.tokenizer))))
-    batch: list[_Line] = []
-    for row in sorted(rows, key=lambda row: (len(row.ids), row.place)):
-        if batch and len(row.ids) * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
-
-
-def _padded(
-    lm: LanguageModel, lines: Sequence[_Line], before: list[int]
-) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
-    """Token ids, attention mask and scored tokens, padded on the right."""
-    rows = [[*line.ids[: line.first], *before, *line.ids[line.first :]] for line in lines]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask, scored = torch.zeros_like(ids), torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (row, line) in enumerate(zip(rows, lines, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        start = line.first + len(before)
-        scored[i, start : len(row)] = torch.tensor(line.is_scored[line.first :])
-    return ids.to(lm.device), mask.to(lm.device), scored.to(lm.device)
-
-
-def _by_line(values: Float[Tensor, " n"], lines: Sequence[_Line]) -> Float[np.ndarray, " b"]:
+def _by_line(values: Float[Tensor, " n"], lines: Sequence[Line]) -> Float[np.ndarray, " b"]:
     """Sums over the scored tokens of each line, float64."""
     lengths = [sum(row.is_scored) for row in lines]
     return np.array([float(part.double().sum()) for part in values.split(lengths)])
