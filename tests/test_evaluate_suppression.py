@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import benchmarks.suppression as suite
+from benchmarks.suppression_goals import goals
 from sae_apps.suppression.concepts import LabelledTexts
 from sae_apps.suppression.curves import Curve, crossing, matched, resample
 from sae_apps.suppression.evaluate import (
@@ -387,7 +388,7 @@ def goal_row(method: str, low: float, high: float, seed: int = 0, at: str = "80%
 def test_the_goal_needs_intervals_apart_at_every_seed() -> None:
     def won(*rows: dict) -> tuple[float, ...]:
         """Concepts with intervals apart, with that of the difference below 0, least on average."""
-        apart, paired, kl, least = (goal.value for goal in suite.goals(list(rows)))
+        apart, paired, kl, least = (goal.value for goal in goals(list(rows)))
         assert kl == apart  # made in proportion
         return apart, paired, least
 
