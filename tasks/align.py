@@ -1,6 +1,5 @@
 """``sae-apps align``: do the latents keep the relations that a semantic space has between items?"""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from sae_core.errors import UserError
 from .common import PROG, StopSignal, run_command
 from .parsing import CommandParser, take
 
-LOG = logging.getLogger(__name__)
 EXAMPLE = f"{PROG} align --run runs/x --items cities.csv --text name --against lat,lon"
 
 
@@ -76,17 +74,13 @@ def main(argv: Sequence[str]) -> int:
     options = build_parser().parse(argv)
 
     def work(_stop: StopSignal) -> tuple[Any, str]:
-        from .align_run import as_text, estimate, estimate_text, finished, make_plan, run
+        from . import align_run
+        from .finished import carry_out
 
         chosen = take(AlignOptions, options)
-        plan = make_plan(chosen, accept_terms=options.accept_terms)
-        if options.dry_run:
-            report = estimate(plan)
-            return report, estimate_text(report)
-        if not chosen.overwrite and (found := finished(plan)):
-            LOG.info("%s holds this result already: nothing to do.", plan.out)
-            return found, as_text(found)
-        summary = run(plan)
-        return summary, as_text(summary)
+        plan = align_run.make_plan(chosen, accept_terms=options.accept_terms)
+        return carry_out(
+            align_run, plan, dry_run=options.dry_run, overwrite=chosen.overwrite
+        )
 
     return run_command(work, as_json=options.json, verbose=options.verbose, quiet=options.quiet)

@@ -1,7 +1,9 @@
-"""A folder that a command wrote before: its summary, if it is whole and of the same settings."""
+"""A folder that a command wrote before, and how a command with a plan goes about its work."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from sae_core.errors import UserError
@@ -9,6 +11,7 @@ from sae_core.store import MANIFEST, recover_folder, verify_folder
 
 from .common import first_difference, read_json
 
+LOG = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 
 
@@ -36,3 +39,23 @@ def finished_folder(
         raise UserError(f"{out} holds another result: {difference}; {advice}.")
     verify_folder(out)
     return found["summary"]
+
+
+def carry_out(
+    steps: ModuleType, plan: Any, *, dry_run: bool, overwrite: bool, **options: Any
+) -> tuple[Any, str]:
+    """Estimate, show what is there already, or run; the result and its lines for people.
+
+    Args:
+        steps: module with ``estimate``, ``estimate_text``, ``finished``, ``run`` and ``as_text``.
+        plan: what they take, with the folder ``out``.
+        options: further ones of ``run``.
+    """
+    if dry_run:
+        report = steps.estimate(plan)
+        return report, steps.estimate_text(report)
+    if not overwrite and (found := steps.finished(plan)):
+        LOG.info("%s holds this result already: nothing to do.", plan.out)
+        return found, steps.as_text(found)
+    summary = steps.run(plan, **options)
+    return summary, steps.as_text(summary)

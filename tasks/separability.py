@@ -1,6 +1,5 @@
 """``sae-apps separability``: how far apart the units of a model are under different concepts."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from sae_core.errors import UserError
 from .common import PROG, StopSignal, run_command
 from .parsing import CommandParser, take
 
-LOG = logging.getLogger(__name__)
 EXAMPLE = f"{PROG} separability --run runs/x --data labelled.jsonl --units latents,residual"
 KINDS = ("latents", "residual", "neurons")
 
@@ -94,18 +92,15 @@ def main(argv: Sequence[str]) -> int:
     options = build_parser().parse(argv)
 
     def work(_stop: StopSignal) -> tuple[Any, str]:
-        from .separability_run import as_text, estimate, estimate_text, finished, make_plan, run
+        from . import separability_run
+        from .finished import carry_out
 
         chosen = take(SeparabilityOptions, options)
         concept = take(ConceptOptions, options)
-        plan = make_plan(chosen, concept, accept_terms=options.accept_terms)
-        if options.dry_run:
-            report = estimate(plan)
-            return report, estimate_text(report)
-        if not chosen.overwrite and (found := finished(plan)):
-            LOG.info("%s holds this result already: nothing to do.", plan.out)
-            return found, as_text(found)
-        summary = run(plan, quiet=options.quiet)
-        return summary, as_text(summary)
+        plan = separability_run.make_plan(chosen, concept, accept_terms=options.accept_terms)
+        return carry_out(
+            separability_run, plan,
+            dry_run=options.dry_run, overwrite=chosen.overwrite, quiet=options.quiet,
+        )  # fmt: skip
 
     return run_command(work, as_json=options.json, verbose=options.verbose, quiet=options.quiet)

@@ -1,6 +1,5 @@
 """``sae-apps suppress``: suppress a concept, and measure what that removes and costs."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +10,6 @@ from .common import PROG, StopSignal, run_command
 from .parsing import CommandParser, take
 from .separability import ConceptOptions
 
-LOG = logging.getLogger(__name__)
 EXAMPLE = f"{PROG} suppress --run runs/x --data labelled.jsonl --concept toxic --out runs/x/toxic"
 
 
@@ -98,19 +96,15 @@ def main(argv: Sequence[str]) -> int:
     options = build_parser().parse(argv)
 
     def work(_stop: StopSignal) -> tuple[Any, str]:
-        from .suppress_run import as_text, estimate, estimate_text, finished, make_plan, run
+        from . import suppress_run
+        from .finished import carry_out
 
         chosen, judged = take(SuppressOptions, options), take(JudgeOptions, options)
-        plan = make_plan(
+        plan = suppress_run.make_plan(
             chosen, take(ConceptOptions, options), judged, accept_terms=options.accept_terms
         )
-        if options.dry_run:
-            report = estimate(plan)
-            return report, estimate_text(report)
-        if not chosen.overwrite and (found := finished(plan)):
-            LOG.info("%s holds this result already: nothing to do.", plan.out)
-            return found, as_text(found)
-        summary = run(plan)
-        return summary, as_text(summary)
+        return carry_out(
+            suppress_run, plan, dry_run=options.dry_run, overwrite=chosen.overwrite
+        )
 
     return run_command(work, as_json=options.json, verbose=options.verbose, quiet=options.quiet)
