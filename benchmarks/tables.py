@@ -16,8 +16,19 @@ from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, cell, table
 from benchmarks.geography_table import GEOGRAPHY, moran
-from benchmarks.recovery import BASELINES, chosen
-from benchmarks.selection_table import SELECTIONS
+from benchmarks.identifiability_table import (
+    agreement,
+    recovery,
+    recovery_ablation,
+    reweighting,
+)
+from benchmarks.selection_pages import (
+    finetune,
+    selection,
+    selection_fresh,
+    similarity,
+    similarity_exact,
+)
 from benchmarks.suppression_table import alignment, published, separability, suppression
 from sae_core.store import atomic_write_text
 
@@ -60,180 +71,6 @@ def throughput(result: Result) -> str:
             "× floor": f"{row['times_floor']:.2f}", "peak MiB": cell(row["peak_MiB"]),
         }
         for row in result["rows"]
-    ])  # fmt: skip
-
-
-def recovery(result: Result) -> str:
-    """Share of planted features found at cosine 0.9: mean (and worst seed) of every kind."""
-    rows = result["rows"]
-
-    def one(setting: str, kind: str) -> str:
-        same = chosen(rows, setting, kind)
-        rates = [row["frr_9"] for row in same]
-        config = "" if kind == "gba" else f" [{same[0]['config']}]"
-        return f"{sum(rates) / len(rates):.3f} ({min(rates):.3f}){config}"
-
-    return table([
-        {"setting": f"{name}*" if fresh else name}
-        | {kind: one(name, kind) for kind in ("gba", *BASELINES)}
-        for name, fresh in dict.fromkeys((row["setting"], row["fresh"]) for row in rows)
-    ])  # fmt: skip
-
-
-def recovery_ablation(result: Result) -> str:
-    """FRR on the mixture, change by change: mean of the seeds."""
-    by_change: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        by_change.setdefault(row["change"], []).append(row)
-
-    def mean(rows: list[dict[str, Any]], name: str) -> float:
-        return sum(row[name] for row in rows) / len(rows)
-
-    return table([
-        {
-            "change": change, "FRR .8": f"{mean(rows, 'frr_8'):.3f}",
-            "FRR .9": f"{mean(rows, 'frr_9'):.3f}",
-            "mean max cosine": f"{mean(rows, 'mean_max_cosine'):.3f}",
-            "L0": f"{mean(rows, 'l0'):.1f}", "FVU": f"{mean(rows, 'fvu'):.3f}",
-        }
-        for change, rows in by_change.items()
-    ])  # fmt: skip
-
-
-def agreement(result: Result) -> str:
-    """Agreement across seeds with intervals, chance beside it."""
-
-    def interval(row: dict[str, Any], name: str) -> str:
-        if row[f"{name}_low"] is None:
-            return f"{row[name]:.3f}"
-        return f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-
-    return table([
-        {
-            "SAE": row["kind"] + ("" if row["variant"] == "default" else f", {row['variant']}"),
-            "L0": f"{row['l0']:.1f}", "FVU": f"{row['fvu']:.4f}",
-            "PW-MCC": interval(row, "pw_mcc"), "by chance": f"{row['chance_matched_pw_mcc']:.2f}",
-            "MCS > .7": f"{row['mcs_.7']:.3f}", "MCS > .9": f"{row['mcs_.9']:.3f}",
-            "top 0.3% > .7": f"{row['top03_mcs_.7']:.2f}",
-            "top 0.05% > .7": f"{row['top005_mcs_.7']:.2f}",
-            "parts of speech": f"{row['pos_share']:.3f} (+{row['pos_excess']:.3f})",
-            "emotions": f"{row['emotion_share']:.3f} (+{row['emotion_excess']:.3f})",
-            "seeds": row["seeds"],
-        }
-        for row in sorted(result["rows"], key=lambda r: -r["pw_mcc"])
-    ])  # fmt: skip
-
-
-def reweighting(result: Result) -> str:
-    """Mean max cosine of weighted losses: gain over plain, and over the permuted control."""
-    cells = {(row["setting"], row["kind"], row["arm"]): row for row in result["rows"]}
-
-    def change(row: dict[str, Any], name: str) -> str:
-        return f"{row[name]:+.3f} ± {row[f'{name}_pm']:.3f}"
-
-    return table([
-        {"setting": f"{setting}, {kind}", "plain": f"{row['mmc']:.3f}"}
-        | {
-            f"{arm}: {what}": change(cells[setting, kind, arm], name)
-            for arm in ("variance 0.5", "variance 1")
-            for what, name in (("gain", "mmc_gain"), ("over control", "mmc_over"))
-        }
-        | {"frobenius: gain": change(cells[setting, kind, "frobenius"], "mmc_gain")}
-        for (setting, kind, arm), row in cells.items()
-        if arm == "plain"
-    ])  # fmt: skip
-
-
-def selection(result: Result, size: str = "reduced") -> str:
-    """Precision of picks, one method a row, the best first."""
-    rows = [r for r in result["rows"] if r["size"] == size and r["method"] in SELECTIONS]
-
-    def more(row: dict[str, Any]) -> dict[str, str]:
-        if "r_bbh" not in row:
-            return {}
-        names = {"GSM8K": "r_gsm8k", "MBPP": "r_mbpp", "BBH": "r_bbh", "T0": "r_t0"}
-        return {label: f"{row[name]:.2f}" for label, name in names.items()}
-
-    return table([
-        {
-            "method": row["method"], "R-precision": f"{row['r_precision']:.3f}",
-            "over the best baseline": ""
-            if row["family"] == "baseline"
-            else f"{row['r_precision_over_best']:+.3f} [{row['r_precision_over_best_t_low']:+.3f}, "
-            f"{row['r_precision_over_best_t_high']:+.3f}]",
-            "at 1%": f"{row['p1']:.3f}", "5%": f"{row['p5']:.3f}", "10%": f"{row['p10']:.4f}",
-        }
-        | more(row)
-        | {
-            "worst target over chance": f"{row['r_precision_worst_over_chance']:+.2f}",
-            "length": f"{row['tokens_over_examples']:.2f}",
-        }
-        for row in sorted(rows, key=lambda r: -r["r_precision"])
-    ])  # fmt: skip
-
-
-def selection_fresh(result: Result) -> str:
-    """The same on targets that had no part in the choice of the measure."""
-    return selection(result, "reduced-fresh")
-
-
-def finetune(result: Result) -> str:
-    """Held-out loss after training on the picks, a target a column; hits among the picks."""
-    cells = {(r["method"], r["target"]): r for r in result["rows"] if r["kind"] == "loss"}
-    differences = {
-        (r["other"], r["target"]): r for r in result["rows"] if r["kind"] == "difference"
-    }
-
-    def one(method: str, target: str) -> str:
-        row = cells[method, target]
-        text = f"{row['loss']:.3f}"
-        if method != "untrained":
-            text += f", {row['hits']:.0%} hits"
-        if gap := differences.get((method, target)):
-            text += (
-                f"; ours {gap['difference']:+.3f} [{gap['rows_low']:+.3f}, {gap['rows_high']:+.3f}]"
-            )
-        return text
-
-    methods, targets = (dict.fromkeys(pair[i] for pair in cells) for i in (0, 1))
-    return table([
-        {"picks": method} | {target: one(method, target) for target in targets}
-        for method in methods
-    ])  # fmt: skip
-
-
-def similarity_exact(result: Result) -> str:
-    """Exact scores of a million rows, beside reading as many bytes."""
-    return table([
-        {
-            "what": row["what"], "d_sae": row["d_sae"], "prototypes": row["p"],
-            "threads": row["threads"], "s for 1M rows": f"{row['seconds_1m_rows']:.2f}",
-            "ns a nonzero": f"{row['ns_per_nonzero']:.2f}", "GB/s": f"{row['gb_s']:.1f}",
-            "share of reading": f"{row['share_of_read']:.2f}",
-        }
-        for row in result["rows"]
-        if row["share_of_read"] is not None
-    ])  # fmt: skip
-
-
-def similarity(result: Result) -> str:
-    """Codes for FAISS over the same rows, and the default index at scale."""
-
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{value:.3f}"
-
-    return table([
-        {
-            "codes": row["name"], "rows": f"{row['rows']:,}",
-            "bytes a row": f"{row['bytes_a_row']:.0f}",
-            "recall of 10 in 100": share(row["recall_100"]), "in 1,000": share(row["recall_1000"]),
-            "after re-ranking": share(row["recall"]),
-            "encoded rows/s": f"{row['encode_rows_s']:,.0f}",
-            "ms a target": f"{row['search_ms']:.2f}",
-            "times faster than exact": "" if row["speedup"] is None else f"{row['speedup']:.1f}",
-        }
-        for row in result["rows"]
-        if row["bytes_a_row"] is not None
     ])  # fmt: skip
 
 
