@@ -30,175 +30,34 @@ agreement_pairs.json one per pair, agreement_curve.json the shares at every thre
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from io import StringIO
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from scipy.stats import t as student
-from torch import Tensor
 
-from benchmarks.common import Goal, commit, table, write_result
-from benchmarks.sae_quality import BATCH, D_SAE, HOOK, KINDS, TOKENS, prepare
+from benchmarks.agreement_compare import CURVE, Run, compared, curve, jackknife, random_pair
+from benchmarks.agreement_saes import Variant, make_variant, trained
+from benchmarks.common import Goal, table, write_result
+from benchmarks.sae_quality import D_SAE, HOOK, KINDS, TOKENS, prepare
 from benchmarks.semantics import Labelled, item_activations, label_consistency, prepare_labelled
-from sae_core.buffer import batches
 from sae_core.download import cache_dir
-from sae_core.errors import UserError
-from sae_core.identifiability import max_cosine, mcs_shares, pw_mcc, top_fraction
 from sae_core.metrics import evaluate
-from sae_core.sae import SAE, SAEConfig, load_sae, save_sae
-from sae_core.shards import ShardedActivations
-from sae_core.state import default_lr
-from sae_core.train import TrainConfig, train
+from sae_core.sae import SAE
 
-D_IN = 576  # SmolLM2-135M
-THRESHOLDS = (0.6, 0.7, 0.8, 0.9)
-CURVE = tuple(round(0.05 * step, 2) for step in range(21))
-SUBSETS = {"": 1.0, "top03_": 0.003, "top005_": 0.0005}
 GOAL = 0.80  # reported for well-trained TopK SAEs, arXiv 2505.20254
 TOP_ITEMS = 20
 SHOWN = (
     "name", "l0", "fvu", "dead_fraction", "pw_mcc", "pw_mcc_low", "pw_mcc_high",
     "chance_matched_pw_mcc", "mean_mcs", "mcs_.9", "top03_mcs_.9", "seeds", "epochs",
 )  # fmt: skip
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kind of SAE with its settings; the seed comes later."""
-
-    kind: str
-    """gba, topk, batch_topk, jumprelu or relu."""
-    name: str
-    """Names the settings in the result file; "default" are those of the comparison."""
-    size: str
-    """Data: full or reduced."""
-    sae: SAEConfig
-    """Shape."""
-    train: TrainConfig
-    """Schedule; lr is set."""
-
-    @property
-    def row_name(self) -> str:
-        """Key of the row in the result file."""
-        return f"{self.kind}-{self.name}-{self.size}"
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A trained SAE as the comparison sees it."""
-
-    seed: int
-    """Of the weights and the batch order."""
-    directions: Float[Tensor, "n_alive d_in"]
-    """Decoder rows of the latents active on the held-out tokens."""
-    peak: Float[Tensor, "n_alive"]
-    """Largest activation of each on the held-out tokens."""
-    d_sae: int
-    """Latents, dead ones counted."""
-    measures: dict[str, float]
-    """Flat numbers of this run alone: FVU, L0, dead fraction, semantic consistency."""
-
-
-# ---- settings ----
-
-
-def make_variant(
-    kind: str,
-    name: str,
-    size: str,
-    *,
-    d_sae: int = D_SAE,
-    k: int = 64,
-    tokens: int | None = None,
-    settings: Sequence[str] = (),
-) -> Variant:
-    """The settings of one kind; `settings` are changes like "gba.ratio=100".
-
-    Raises:
-        UserError: a change that names no setting.
-    """
-    steps = max(1, (tokens or TOKENS[size]) // BATCH)
-    sae = SAEConfig(D_IN, d_sae, kind=kind, k=k)  # type: ignore[arg-type]
-    config = TrainConfig(
-        steps=steps, batch_size=BATCH, lr=default_lr(kind, d_sae), precision="bfloat16"
-    )
-    for setting in settings:
-        sae, config = changed(sae, config, setting)
-    return Variant(kind, name, size, sae, config)
-
-
-def changed(sae: SAEConfig, config: TrainConfig, setting: str) -> tuple[SAEConfig, TrainConfig]:
-    """Apply "sae.tied=true", "gba.ratio=100" or "lr=0.001" (a field of TrainConfig).
-
-    Raises:
-        UserError: no such field.
-    """
-    path, _, text = setting.partition("=")
-    owner, _, field = path.rpartition(".")
-    nested = {f.name: getattr(config, f.name) for f in fields(config)}
-    holders: dict[str, Any] = {"sae": sae, "": config}
-    holders |= {name: value for name, value in nested.items() if is_dataclass(value)}
-    holder = holders.get(owner)
-    if holder is None or field not in {f.name for f in fields(holder)}:
-        raise UserError(
-            f"Expected OWNER.FIELD=VALUE with an owner of {', '.join(filter(None, holders))}, or "
-            f"FIELD=VALUE of TrainConfig, got {setting!r}."
-        )
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text  # a bare word
-    if isinstance(getattr(holder, field), float) and isinstance(value, int):
-        value = float(value)  # "100" for 100.0
-    new = replace(holder, **{field: value})
-    if owner == "sae":
-        return new, config  # type: ignore[return-value]
-    return sae, replace(config, **{owner: new}) if owner else new  # type: ignore[return-value]
-
-
-def settings_hash(variant: Variant, config: TrainConfig, data_id: str) -> str:
-    """Hex digest of everything that decides the weights but the code."""
-    what = {"sae": asdict(variant.sae), "train": asdict(config), "data": data_id}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# ---- training ----
-
-
-def trained(
-    activations: ShardedActivations,
-    variant: Variant,
-    seed: int,
-    folder: Path,
-    *,
-    fresh: bool = False,
-) -> SAE:
-    """The SAE of one seed: from the folder if it is there, else trained and put there."""
-    config = replace(variant.train, seed=seed)
-    data_id = json.dumps(activations.manifest["settings"], sort_keys=True)
-    place = folder / settings_hash(variant, config, data_id)
-    if place.exists() and not fresh:
-        return load_sae(place)[0]
-    begin = time.perf_counter()
-    sae = SAE(variant.sae, generator=torch.Generator().manual_seed(seed))
-    records = list(train(sae, batches(activations, config.batch_size, seed=seed), config))
-    seconds = round(time.perf_counter() - begin, 1)
-    log.info("%s seed %d: %.0f s, %s", variant.row_name, seed, seconds, records[-1])
-    extra = {"variant": variant.row_name, "seed": seed, "seconds": seconds, "commit": commit()}
-    save_sae(place, sae, extra, overwrite=True)
-    return sae
 
 
 def measured(sae: SAE, seed: int, held_out: Iterator[Any], labelled: Sequence[Labelled]) -> Run:
@@ -218,98 +77,6 @@ def measured(sae: SAE, seed: int, held_out: Iterator[Any], labelled: Sequence[La
         measures[f"{text.name}_base_rate"] = found.base_rate
     directions = sae.W_dec.detach()[alive]
     return Run(seed, directions, torch.from_numpy(result.peak)[alive], sae.d_sae, measures)
-
-
-# ---- comparison ----
-
-
-def compared(a: Run, b: Run) -> dict[str, float]:
-    """Agreement of two runs; MCS in both directions, the shares averaged over the two."""
-    match = pw_mcc(a.directions, b.directions)
-    found = {"pw_mcc": match.mean, "pw_mcc_gap": match.gap}
-    scores = both_mcs(a, b)
-    found["mean_mcs"] = float(np.mean([float(mcs.mean()) for mcs in scores]))
-    for subset, fraction in SUBSETS.items():
-        by_side = [
-            mcs_shares(mcs[strongest(run, fraction)], THRESHOLDS)
-            for mcs, run in zip(scores, (a, b), strict=True)
-        ]
-        for threshold in THRESHOLDS:
-            shares = [side[threshold] for side in by_side]
-            found[f"{subset}mcs_{threshold:g}".replace("0.", ".")] = float(np.mean(shares))
-    return found
-
-
-def both_mcs(a: Run, b: Run) -> tuple[Tensor, Tensor]:
-    """MCS of the latents of a against b, and of b against a."""
-    return (
-        max_cosine(a.directions, b.directions)[0],
-        max_cosine(b.directions, a.directions)[0],
-    )
-
-
-def strongest(run: Run, fraction: float) -> Tensor:
-    """Mask of the largest peaks among the alive: the fraction is of all latents, as published."""
-    return top_fraction(run.peak, min(1.0, fraction * run.d_sae / len(run.peak)))
-
-
-def random_pair(a: Run, b: Run, *, matched: bool, seed: int = 0) -> tuple[Run, Run]:
-    """Random directions in place of two runs: as many, and as wide.
-
-    Args:
-        matched: Gaussian with the second moments of both dictionaries; else uniform on the sphere.
-    """
-    rows = torch.cat([a.directions, b.directions]).double()
-    root = torch.eye(rows.shape[1], dtype=torch.float64)
-    if matched:
-        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
-        root = vectors * values.clamp_min(0).sqrt()
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(run: Run) -> Run:
-        noise = torch.randn(run.directions.shape, generator=generator, dtype=torch.float64)
-        return replace(run, directions=(noise @ root.T).float())
-
-    return drawn(a), drawn(b)
-
-
-def curve(pairs: Sequence[tuple[Run, Run]], fraction: float) -> list[tuple[float, float, float]]:
-    """(mean, least, largest) share of latents with MCS above each of CURVE, over all directions."""
-    sides = [
-        mcs_shares(mcs[strongest(run, fraction)], CURVE)
-        for pair in pairs
-        for mcs, run in zip(both_mcs(*pair), pair, strict=True)
-    ]
-    values = np.array([[side[t] for t in CURVE] for side in sides])
-    return list(
-        zip(
-            values.mean(0).tolist(),
-            values.min(0).tolist(),
-            values.max(0).tolist(),
-            strict=True,
-        )
-    )
-
-
-def jackknife(
-    n_seeds: int, estimate: Callable[[tuple[int, ...]], float]
-) -> tuple[float, float | None, float | None]:
-    """(estimate from all seeds, low, high): 95% t interval, leaving out one seed at a time.
-
-        var = (n - 1) / n * sum_i (theta_(-i) - mean)^2,   n - 1 degrees of freedom
-
-    Args:
-        estimate: of the seeds at these places, e.g. the mean over their pairs; three are needed
-            for an interval, since a pair is all that is left of three.
-    """
-    everyone = tuple(range(n_seeds))
-    value = estimate(everyone)
-    if n_seeds < 3:
-        return value, None, None
-    without = np.array([estimate(tuple(j for j in everyone if j != i)) for i in everyone])
-    variance = (n_seeds - 1) / n_seeds * ((without - without.mean()) ** 2).sum()
-    half = float(student.ppf(0.975, n_seeds - 1) * np.sqrt(variance))
-    return value, value - half, value + half
 
 
 def summary(

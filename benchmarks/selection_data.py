@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from benchmarks.agreement import make_variant, trained
+from benchmarks.agreement_saes import make_variant, trained
 from benchmarks.sae_quality import HOOK, prepare
 from sae_core.activations import HarvestConfig, stream_activations
 from sae_core.download import cache_dir

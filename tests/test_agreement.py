@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import agreement, common
-from benchmarks.agreement import Run, Variant
+from benchmarks import agreement, agreement_compare, agreement_saes, common
+from benchmarks.agreement_compare import Run
+from benchmarks.agreement_saes import Variant
 from sae_core.activations import Activations
 from sae_core.errors import UserError
 from sae_core.sae import SAEConfig
@@ -65,7 +66,7 @@ def test_the_same_latents_in_another_order_and_scale_agree_fully():
     a = run(0)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     b = replace(a, directions=3 * a.directions[order], peak=a.peak[order])
-    found = agreement.compared(a, b)
+    found = agreement_compare.compared(a, b)
     assert found["pw_mcc"] == pytest.approx(1)
     assert found["mean_mcs"] == pytest.approx(1)
     shares = [value for name, value in found.items() if "mcs_" in name]
@@ -76,18 +77,18 @@ def test_the_same_latents_in_another_order_and_scale_agree_fully():
 def test_a_part_is_found_in_the_whole_but_not_the_whole_in_the_part():
     whole = run(0)
     part = replace(whole, directions=whole.directions[:10], peak=whole.peak[:10])
-    in_whole, in_part = agreement.both_mcs(part, whole)
+    in_whole, in_part = agreement_compare.both_mcs(part, whole)
     assert in_whole.tolist() == pytest.approx([1] * 10)
     assert in_part[:10].tolist() == pytest.approx([1] * 10)
     assert float(in_part[10:].max()) < 0.9
-    found = agreement.compared(part, whole)
+    found = agreement_compare.compared(part, whole)
     assert found["pw_mcc"] == pytest.approx(1)
     assert found["mcs_.9"] == pytest.approx((1 + 10 / N) / 2)
 
 
 def test_opposite_latents_do_not_agree():
     a = run(0)
-    assert agreement.compared(a, replace(a, directions=-a.directions))["pw_mcc"] < 0.5
+    assert agreement_compare.compared(a, replace(a, directions=-a.directions))["pw_mcc"] < 0.5
 
 
 def test_shares_of_the_strongest_latents_are_theirs_alone():
@@ -95,7 +96,7 @@ def test_shares_of_the_strongest_latents_are_theirs_alone():
     a = run(0, n=1000, peak=torch.arange(1000).flip(0).float())
     b = run(1, n=1000, peak=a.peak)
     b.directions[:2] = a.directions[:2]
-    found = agreement.compared(a, b)
+    found = agreement_compare.compared(a, b)
     assert found["top03_mcs_.9"] == pytest.approx(2 / 3)
     assert found["top005_mcs_.9"] == 1
     assert found["mcs_.9"] == pytest.approx(2 / 1000)
@@ -103,23 +104,24 @@ def test_shares_of_the_strongest_latents_are_theirs_alone():
 
 def test_the_top_fraction_is_of_all_latents_and_among_the_alive():
     half_dead = run(0, n=500, d_sae=1000)
-    assert int(agreement.strongest(half_dead, 0.003).sum()) == 3
-    assert agreement.strongest(half_dead, 1.0).all()
+    assert int(agreement_compare.strongest(half_dead, 0.003).sum()) == 3
+    assert agreement_compare.strongest(half_dead, 1.0).all()
 
 
 def test_random_directions_score_chance_and_share_what_the_data_shares():
     flat = torch.randn(300, D, generator=torch.Generator().manual_seed(0))
     spread = flat * torch.linspace(0.02, 1, D) ** 3  # few directions carry nearly everything
     a, b = (run(seed, n=150, directions=part) for seed, part in enumerate(spread.split(150)))
-    uniform = agreement.random_pair(a, b, matched=False)
-    matched = agreement.random_pair(a, b, matched=True)
+    uniform = agreement_compare.random_pair(a, b, matched=False)
+    matched = agreement_compare.random_pair(a, b, matched=True)
     chance, chance_matched, real = (
-        agreement.compared(*pair)["pw_mcc"] for pair in (uniform, matched, (a, b))
+        agreement_compare.compared(*pair)["pw_mcc"] for pair in (uniform, matched, (a, b))
     )
     assert chance < chance_matched - 0.1
     assert chance_matched == pytest.approx(real, abs=0.03)
     assert not torch.equal(uniform[0].directions, uniform[1].directions)
-    many = agreement.random_pair(replace(a, directions=spread.repeat(100, 1)), b, matched=True)[0]
+    wide = replace(a, directions=spread.repeat(100, 1))
+    many = agreement_compare.random_pair(wide, b, matched=True)[0]
     moments = (many.directions.T @ many.directions) / len(many.directions)
     expected = torch.cat([spread.repeat(100, 1), b.directions])
     expected = (expected.T @ expected) / len(expected)
@@ -128,13 +130,13 @@ def test_random_directions_score_chance_and_share_what_the_data_shares():
 
 def test_the_curve_falls_from_all_to_none():
     a, b, c = run(0), run(1), run(2)
-    points = agreement.curve([(a, b), (a, c), (b, c)], 1.0)
+    points = agreement_compare.curve([(a, b), (a, c), (b, c)], 1.0)
     mean = [point[0] for point in points]
     assert (mean[0], mean[-1]) == (1.0, 0.0)
     assert mean == sorted(mean, reverse=True)
     assert all(low <= value <= high for value, low, high in points)
-    at = agreement.CURVE.index(0.6)
-    pairs = [agreement.compared(*pair)["mcs_.6"] for pair in ((a, b), (a, c), (b, c))]
+    at = agreement_compare.CURVE.index(0.6)
+    pairs = [agreement_compare.compared(*pair)["mcs_.6"] for pair in ((a, b), (a, c), (b, c))]
     assert mean[at] == pytest.approx(np.mean(pairs))
 
 
@@ -143,7 +145,7 @@ def test_the_curve_falls_from_all_to_none():
 
 def test_the_jackknife_of_a_mean_is_the_t_interval():
     values = np.array([1.0, 2.0, 4.0, 4.5])
-    value, low, high = agreement.jackknife(4, lambda who: float(values[list(who)].mean()))
+    value, low, high = agreement_compare.jackknife(4, lambda who: float(values[list(who)].mean()))
     expected = stats.t.interval(0.95, 3, loc=values.mean(), scale=stats.sem(values))
     assert (value, low, high) == pytest.approx((values.mean(), *expected))
 
@@ -155,7 +157,7 @@ def test_pairs_of_three_seeds_are_not_three_independent_values():
     def mean(who: tuple[int, ...]) -> float:
         return float(np.mean([pairs[pair] for pair in combinations(who, 2)]))
 
-    value, low, high = agreement.jackknife(3, mean)
+    value, low, high = agreement_compare.jackknife(3, mean)
     assert low is not None and high is not None
     sem = stats.sem(list(pairs.values()))
     assert value == pytest.approx(0.28)
@@ -164,7 +166,7 @@ def test_pairs_of_three_seeds_are_not_three_independent_values():
 
 
 def test_two_seeds_have_no_interval():
-    assert agreement.jackknife(2, lambda who: 0.5) == (0.5, None, None)
+    assert agreement_compare.jackknife(2, lambda who: 0.5) == (0.5, None, None)
 
 
 # ---- rows and goals ----
@@ -233,49 +235,49 @@ def test_goals_compare_at_equal_fvu_and_say_where_they_cannot():
 
 
 def test_settings_are_changed_where_they_live():
-    found = agreement.make_variant(
+    found = agreement_saes.make_variant(
         "gba", "x", "reduced", tokens=10 * 1024,
         settings=["sae.tied=true", "gba.ratio=100", "gba.start=zero", "lr=0.001"],
     )  # fmt: skip
     assert (found.sae.tied, found.train.gba.ratio, found.train.gba.start) == (True, 100, "zero")
     assert (found.train.lr, found.train.steps) == (0.001, 10)
-    assert agreement.make_variant("relu", "x", "reduced").train.lr == 2e-3
+    assert agreement_saes.make_variant("relu", "x", "reduced").train.lr == 2e-3
     for bad in ("gba.colour=1", "nobody.x=1", "colour=1", "lr.x=1"):
         with pytest.raises(UserError, match=f"got '{bad}'"):
-            agreement.make_variant("gba", "x", "reduced", settings=[bad])
+            agreement_saes.make_variant("gba", "x", "reduced", settings=[bad])
 
 
 def test_a_trained_sae_is_taken_from_the_cache_and_only_where_it_is_the_same(monkeypatch, tmp_path):
     data = stored()
-    first = agreement.trained(data, variant(), 0, tmp_path)  # type: ignore[arg-type]
-    other = agreement.trained(data, variant(), 1, tmp_path)  # type: ignore[arg-type]
+    first = agreement_saes.trained(data, variant(), 0, tmp_path)  # type: ignore[arg-type]
+    other = agreement_saes.trained(data, variant(), 1, tmp_path)  # type: ignore[arg-type]
     assert first.hash() != other.hash()
-    again = agreement.trained(data, variant(), 0, tmp_path, fresh=True)  # type: ignore[arg-type]
+    again = agreement_saes.trained(data, variant(), 0, tmp_path, fresh=True)  # type: ignore[arg-type]
     assert again.hash() == first.hash()
 
     def refuse(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(agreement, "train", refuse)
-    cached = agreement.trained(data, variant(name="renamed"), 0, tmp_path)  # type: ignore[arg-type]
+    monkeypatch.setattr(agreement_saes, "train", refuse)
+    cached = agreement_saes.trained(data, variant(name="renamed"), 0, tmp_path)  # type: ignore[arg-type]
     assert cached.hash() == first.hash()
     longer = variant(train=replace(variant().train, steps=5))
     for changed, source in ((longer, data), (variant(), stored(seed=1))):
         with pytest.raises(AssertionError, match="trained again"):
-            agreement.trained(source, changed, 0, tmp_path)  # type: ignore[arg-type]
+            agreement_saes.trained(source, changed, 0, tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_seed_decides_both_weights_and_order(monkeypatch, tmp_path):
     orders = []
-    real = agreement.batches
+    real = agreement_saes.batches
 
     def noted(*args, seed: int):
         orders.append(seed)
         return real(*args, seed=seed)
 
-    monkeypatch.setattr(agreement, "batches", noted)
+    monkeypatch.setattr(agreement_saes, "batches", noted)
     still = variant(train=replace(variant().train, lr=1e-12))  # weights stay where they began
-    a, b = (agreement.trained(stored(), still, seed, tmp_path) for seed in (0, 1))  # type: ignore[arg-type]
+    a, b = (agreement_saes.trained(stored(), still, seed, tmp_path) for seed in (0, 1))  # type: ignore[arg-type]
     assert orders == [0, 1]
     assert float((a.W_dec * b.W_dec).sum(1).abs().max().detach()) < 0.9
 
@@ -289,7 +291,7 @@ def test_the_whole_suite_on_a_small_scale(monkeypatch, tmp_path):
     argv = ["agreement", "--kinds", "topk", "--tokens", "4096", "--d-sae", "24", "--k", "4"]
     monkeypatch.setattr("sys.argv", [*argv, "--variant", "small"])
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr(agreement, "D_IN", D)
+    monkeypatch.setattr(agreement_saes, "D_IN", D)
     monkeypatch.setattr(agreement, "prepare", lambda size: Small)
     monkeypatch.setattr(agreement, "prepare_labelled", lambda *_: [])
     monkeypatch.setattr(agreement, "cache_dir", lambda: tmp_path)
@@ -299,7 +301,7 @@ def test_the_whole_suite_on_a_small_scale(monkeypatch, tmp_path):
     assert row["l0"] == pytest.approx(4, abs=0.1)
     assert row["chance_pw_mcc"] < row["pw_mcc"] < 1
     assert len(list(Path(tmp_path / "benchmarks" / "agreement").iterdir())) == 3
-    monkeypatch.setattr(agreement, "train", None)
+    monkeypatch.setattr(agreement_saes, "train", None)
     agreement.main()
     (same,) = json.loads((tmp_path / "agreement.json").read_text())["rows"]
     assert same == row
