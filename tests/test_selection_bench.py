@@ -11,7 +11,14 @@ import torch
 from scipy import sparse
 from scipy.spatial.distance import cdist
 
-from benchmarks import common, rivals, selection_measures, selection_table
+from benchmarks import (
+    common,
+    gradients,
+    minilm,
+    rivals,
+    selection_measures,
+    selection_table,
+)
 from benchmarks import selection as suite
 from benchmarks.selection_measures import Measure, Setting, fit_step, scores
 from benchmarks.selection_table import Aim, Bench, Method
@@ -129,15 +136,15 @@ def test_bert_is_that_of_transformers_and_blind_to_padding():
     weights = dict(model.state_dict())
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        found = rivals.bert_hidden(weights, ids, mask, 3)
-        alone = rivals.bert_hidden(weights, ids[1:, :5], mask[1:, :5], 3)
+        found = minilm.bert_hidden(weights, ids, mask, 3)
+        alone = minilm.bert_hidden(weights, ids[1:, :5], mask[1:, :5], 3)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found[1:, :5], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_batches_hold_every_place_once_within_their_tokens():
     lengths = np.random.default_rng(0).integers(1, 60, 300).tolist()
-    batches = list(rivals.batches_by_length(lengths, 100))
+    batches = list(minilm.batches_by_length(lengths, 100))
     assert sorted(place for batch in batches for place in batch) == list(range(300))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 100 for b in batches)
 
@@ -171,7 +178,7 @@ def test_gradient_features_keep_the_gradients_cosines(llama: LanguageModel):
     exact = selection_measures.unit(true_gradients(llama, 2))
     exact = exact @ exact.T
     found = np.mean(
-        [(x := rivals.gradient_features(llama, EXAMPLES, sketch=(64, 64), seed=s)) @ x.T
+        [(x := gradients.gradient_features(llama, EXAMPLES, sketch=(64, 64), seed=s)) @ x.T
          for s in range(20)], axis=0,
     )  # fmt: skip
     # cosines of 2 x 1,536 numbers through 4,096 random signs, twenty times: error about 0.01
@@ -180,12 +187,12 @@ def test_gradient_features_keep_the_gradients_cosines(llama: LanguageModel):
 
 
 def test_gradient_features_do_not_depend_on_the_batch_and_leave_no_hook(llama: LanguageModel):
-    together = rivals.gradient_features(llama, EXAMPLES)
-    alone = [rivals.gradient_features(llama, [one])[0] for one in EXAMPLES]
+    together = gradients.gradient_features(llama, EXAMPLES)
+    alone = [gradients.gradient_features(llama, [one])[0] for one in EXAMPLES]
     assert together == pytest.approx(np.stack(alone), abs=1e-5)
     block = llama.model.model.layers[-2]
     assert not block._forward_pre_hooks and not block.mlp.down_proj._forward_hooks
-    assert rivals.gradient_features(llama, EXAMPLES, seed=1) != pytest.approx(together, abs=1e-3)
+    assert gradients.gradient_features(llama, EXAMPLES, seed=1) != pytest.approx(together, abs=1e-3)
 
 
 # ---- measures ----
