@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from benchmarks.minilm import batches_by_length
 from sae_core.models import LanguageModel
 
 

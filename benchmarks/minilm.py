@@ -5,6 +5,7 @@ library is needed.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 

@@ -273,7 +273,7 @@ def _gap(
     times = weight[:, trial.pairs[:, 0]].astype(np.float64)
     every = np.ones((1, len(trial.pairs)))
     for side in (0, 1):
-        texts: list[str] = [trial.test.texts[i] for i in trial.pairs[:, side].tolist()]
+        texts = [trial.test.texts[int(i)] for i in trial.pairs[:, side]]
         readings = reader.read(texts, edits)
         tokens = readings[0].n_tokens.astype(np.float64)
         nll = np.stack([one.nll for one in readings], axis=1)
