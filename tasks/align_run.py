@@ -84,7 +84,7 @@ def make_plan(chosen: "AlignOptions", *, accept_terms: bool = False) -> Plan:
         strata = [str(_value(record, chosen.strata, place)) for place, record in records]
     space, is_distance = _space(chosen.against, records)
     digest = hashlib.sha256(to_json([texts, strata]).encode() + space.tobytes()).hexdigest()
-    skipped = ("run", "out", "overwrite", "items", "against", "text", "strata")
+    skipped = ("run", "out", "overwrite", "items")
     identity = {name: v for name, v in asdict(chosen).items() if name not in skipped}
     identity |= {
         "items": digest, "sae_hash": finished_run.sae.hash(), "hook_point": finished_run.hook_point,

@@ -74,6 +74,8 @@ def test_it_compares_and_writes(
     stamp = (out / "summary.json").stat().st_mtime_ns
     assert run_json(capsys, *arguments(data, out)) == summary  # nothing to do
     assert (out / "summary.json").stat().st_mtime_ns == stamp
+    said = refusal(capsys, *arguments(data, out, "--strata", "side"))
+    assert "strata is None there and 'side' here" in said
 
 
 def test_pooling_takes_the_last_token_or_all(stories260k: Path) -> None:

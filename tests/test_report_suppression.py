@@ -30,6 +30,7 @@ def test_the_method_and_the_three_cheapest_rivals_are_drawn() -> None:
     drawn = {name for name in names if f"</svg>{name}" in legend}
     assert drawn == {"app", "mask", "range", "leace"}
     assert "2 more methods are in the table" in html
+    assert html.count("80%") == 6 and html.count("key-line") == 4
     assert html.count('scope="row"') == 6 and "removes at most 12%" in html
     assert "+4.00" in html and "0.0123" in html and "75.0%" in html and "1.5" in html
 

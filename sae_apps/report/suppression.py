@@ -103,7 +103,7 @@ def _course(drawn: Sequence[RemovalCurve]) -> str:
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, str]:
-    flat = {"method": row["method"], "at": percent(row["at"]), "reason": row["reason"]}
+    flat = {"method": row["method"], "at": percent(row["at"], 2), "reason": row["reason"]}
     if row["strength"] is None:
         return flat
     low, high = row.get("perplexity_increase_low"), row.get("perplexity_increase_high")
