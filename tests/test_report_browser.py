@@ -21,12 +21,15 @@ from sae_apps.report import (
     Geography,
     MapFeature,
     MapPlaces,
+    RemovalCurve,
     Section,
+    SuppressionView,
     build_page,
     frequencies_section,
     geography_section,
     latents_section,
     overview_section,
+    suppression_section,
     training_section,
     write_report,
 )
@@ -415,3 +418,39 @@ def test_without_a_script_a_drawing_and_a_table_remain(
     seen, console = probe(browser, bare, script, tmp_path)
     assert console == []
     assert seen == {"live": True, "dots": 2, "drawn": True, "radios": 0, "rows": 2}
+
+
+# ---- suppression ----
+
+
+def test_suppression_on_a_phone(browser: str, tmp_path: Path) -> None:
+    """Keys stand beside their words, texts wrap, the chart answers to the keyboard."""
+    names = ("app", "direction", "leace", "mask")
+    curves = [
+        RemovalCurve(name, [0.0, 0.4, 0.9], [20.0, 20.2, 21.0 + i]) for i, name in enumerate(names)
+    ]
+    none = {"at": 0.8, "strength": None, "reason": "removes at most 12%, at strength 3 of up to 3"}
+    long = " ".join(["a sentence that goes on and on"] * 6)
+    texts = [{"prompt": "<img src=x onerror=alert(1)>", "plain": long, "suppressed": long}]
+    view = SuppressionView("dog", curves, [{"method": name, **none} for name in names], texts)
+    script = """
+    const over = $$("#suppression .legend li").map((li) => {
+      const key = li.querySelector("svg").getBoundingClientRect();
+      const range = page.createRange(); range.selectNodeContents(li.lastChild);
+      return key.width > 60 || key.right > range.getBoundingClientRect().left + 1;
+    });
+    const cells = $$("#suppression td.words");
+    const mark = $("#suppression .mark"); mark.focus();
+    return {
+      over, images: $$("#suppression td img, #suppression th img").length,
+      lines: Math.max(...cells.map((td) => td.getBoundingClientRect().height)),
+      wide: Math.max(...cells.map((td) => td.getBoundingClientRect().width)),
+      overflow: page.documentElement.scrollWidth - view.innerWidth,
+      tip: view.getComputedStyle(mark.querySelector(".tip")).opacity,
+    };"""
+    page = build_page("Suppression", "", [suppression_section(view)])
+    seen, console = probe(browser, page, script, tmp_path, width=390)
+    assert console == [] and seen["images"] == 0
+    assert seen["over"] == [False] * 4
+    assert seen["lines"] > 60 and seen["wide"] < 600  # pixels: several lines, none endless
+    assert seen["overflow"] <= 0 and seen["tip"] == "1"
