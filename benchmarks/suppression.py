@@ -24,9 +24,9 @@ posterior of the whole activation (``gated``). instruction: a request in the pro
 strength only.
 
 Each finished cell (method on one concept, units and seed) is a line of the cache folder's
-cells.jsonl under a hash of its settings, texts and weights: a run that was killed goes on with the
-next cell; after a change of a method's code the file has to go. Parts of speech are words, whose
-texts are whole sentences, and are left out here.
+cells.jsonl under a hash of its settings, texts and weights, with its seconds and the commit: a run
+that was killed goes on with the next cell; after a change of a method's code the file has to go.
+Parts of speech are words, whose texts are whole sentences, and are left out here.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.common import read_cells, write_result
+from benchmarks.common import commit, read_cells, write_result
 from benchmarks.suppression_goals import APPS, LEVELS, goals
 from sae_apps.suppression.concepts import LabelledTexts
 from sae_apps.suppression.curves import Curve, interval
@@ -153,9 +153,11 @@ def run_cells(
         name = key(cell)
         if name not in done:
             start = time.perf_counter()
-            done[name] = {"key": name, "rows": run(cell)}
-            append_jsonl(path, done[name])
+            made = run(cell)
             seconds = time.perf_counter() - start
+            how = {"seconds": round(seconds, 1), "commit": commit()}
+            done[name] = {"key": name, "rows": [row | how for row in made]}
+            append_jsonl(path, done[name])
             print(f"{number}/{len(cells)} {' '.join(map(str, cell))}: {seconds:.0f} s", flush=True)
         rows += done[name]["rows"]
     return rows

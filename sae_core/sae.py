@@ -203,18 +203,11 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Float[Tensor, "n d_in"]) -> SAEOutput:
-        """Dense outputs for inspection, without gradient; training uses `autoencode`."""
+        """Dense outputs for inspection, without gradient; training goes by step.py."""
         u, norm = self.normalise(x)
         pre = self.pre_activations(u)
         acts = self.gate(self.select(pre)).to_dense()
         return SAEOutput(self.decode(acts) * norm, acts, pre)
-
-    def autoencode(
-        self, u: Float[Tensor, "n d_in"], codes: Codes
-    ) -> tuple[Codes, Float[Tensor, "n d_in"]]:
-        """Differentiable activations and reconstruction of u on a given active set."""
-        codes = self.gate(autograd.encode(u, self.W_enc, self.b_enc, self.b_dec, codes))
-        return codes, self.decode_sparse(codes)
 
     def exact_values(self, u: Float[Tensor, "n d_in"], codes: Codes) -> Codes:
         """Codes with pre-activations recomputed in full precision at the active entries."""

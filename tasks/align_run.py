@@ -175,7 +175,8 @@ def item_codes(
             with evaluating(sae), torch.no_grad():
                 codes[name] = codes[name] + where @ sae.encode_sparse(x[kept]).to_scipy()
     if not tokens.all():
-        raise UserError(f"Expected a token of every text, got none of {texts[int(tokens.argmin())]!r}.")
+        empty = texts[int(tokens.argmin())]
+        raise UserError(f"Expected a token of every text, got none of {empty!r}.")
     scale = sparse.diags_array(1 / tokens)
     return total / tokens[:, None], {name: sparse.csr_array(scale @ c) for name, c in codes.items()}
 
