@@ -9,13 +9,13 @@ from jaxtyping import Int
 from scipy import sparse
 
 from sae_core.activations import Activations, HarvestConfig, stream_activations
+from sae_core.encoder import SparseEncoder
 from sae_core.errors import UserError
 from sae_core.features import SparseFeatures
 from sae_core.kernels.codes import Codes
 from sae_core.metrics import check_width, evaluating
 from sae_core.pooling import POOLINGS, RowPooler, pool_tokens
 from sae_core.provenance import Provenance, package_versions
-from sae_core.sae import SAE
 from sae_core.text import TextRow
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _column(values: list[Any]) -> pa.Array:
 
 def featurize(
     lm: "LanguageModel",
-    sae: SAE,
+    sae: SparseEncoder,
     rows: Iterable[TextRow],
     hook_point: str,
     *,
@@ -98,6 +98,7 @@ def featurize(
 
     Args:
         lm: the language model that the SAE was trained on.
+        sae: an SAE, or what else gives sparse codes (``sae_core.monet.routing``).
         rows: the texts; each row_id once.
         hook_point: where the SAE was trained, e.g. ``layers.15.out``.
         pooling: max, mean, sum or last over the kept tokens of a row, see ``pool_tokens``; or none.
@@ -142,18 +143,17 @@ def featurize(
 
 def _encoded(
     lm: "LanguageModel",
-    sae: SAE,
+    sae: SparseEncoder,
     rows: Iterable[TextRow],
     hook_point: str,
     config: HarvestConfig,
     progress: Callable[[int], None] | None,
 ) -> Iterator[tuple[Codes, Activations]]:
-    weights = sae.W_enc
     for found in stream_activations(lm, rows, [hook_point], config):
         batch = found[hook_point]
         check_width(sae, batch.d_in, hook_point, lm.model_id)
         with evaluating(sae):
-            codes = sae.encode_sparse(batch.x.to(weights.device, weights.dtype))
+            codes = sae.encode_sparse(batch.x.to(sae.device, sae.dtype))
         yield codes, batch
         if progress is not None:
             progress(len(batch))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_core.activations import Activations, HarvestConfig, replace_activations, stream_activations
+from sae_core.encoder import SparseEncoder
 from sae_core.errors import UserError
 from sae_core.reconstruction import Reconstruction, ReconstructionStats
 from sae_core.sae import SAE
@@ -37,17 +38,17 @@ _LOGIT_BYTES = 1 << 28  # float32 logits of one batch: with 49,152 tokens to cho
 
 
 @contextmanager
-def evaluating(sae: SAE) -> Iterator[SAE]:
+def evaluating(sae: SparseEncoder) -> Iterator[None]:
     """The SAE in eval mode while the block runs: no token's code depends on its batch then."""
     was_training = sae.training
-    sae.eval()
+    sae.train(False)
     try:
-        yield sae
+        yield
     finally:
         sae.train(was_training)
 
 
-def check_width(sae: SAE, width: int, hook_point: str, model_id: str) -> None:
+def check_width(sae: SparseEncoder, width: int, hook_point: str, model_id: str) -> None:
     """Refuse activations that the SAE was not made for.
 
     Raises:

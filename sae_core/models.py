@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from sae_core.disk import disk_errors
 from sae_core.download import cache_dir, sha256_file
 from sae_core.errors import CorruptFileError, UserError
+from sae_core.monet.checkpoint import refuse_extra, register_if_monet
 from sae_core.weights import (
     DEFAULT_MODEL,
     EMBEDDED,
@@ -146,6 +147,7 @@ def _from_pretrained(source: str, dtype: torch.dtype, is_local: bool) -> tuple[A
     )
 
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": is_local}
+    is_monet = register_if_monet(source, common)
     AutoConfig.from_pretrained(source, **common)  # refuses remote code before a weight is fetched
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
@@ -163,6 +165,8 @@ def _from_pretrained(source: str, dtype: torch.dtype, is_local: bool) -> tuple[A
             f"The weights of {source} do not fill a {type(model).__name__}: {len(missing)} tensors "
             f"are absent, the first {missing[0]}."
         )
+    if is_monet:
+        refuse_extra(source, info)
     return model, tokenizer
 
 

@@ -129,6 +129,16 @@ class SAE(nn.Module):
         """Number of latents."""
         return self.config.d_sae
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.W_enc.dtype
+
     def normalise(
         self, x: Float[Tensor, "n d_in"]
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n 1"]]:

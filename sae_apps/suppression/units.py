@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sae_apps.suppression.reader import LatentReader, read_latents
 from sae_core.activations import resolve_hook_point
+from sae_core.encoder import SparseEncoder
 from sae_core.errors import UserError
 from sae_core.hooks import decoder_blocks
 from sae_core.kernels.codes import Codes
@@ -45,8 +46,9 @@ class Units:
     """The language model."""
     model_revision: str
     """Its weights."""
-    sae: SAE | None = None
-    """latents: the SAE; None for the others and for a choice of latents read from a file."""
+    sae: SparseEncoder | None = None
+    """latents: the SAE, or a Monet router (read only); None for the others, and for latents read
+    from a file."""
     sae_hash: str = "none"
     """sha256 of the SAE; none for the others."""
     index: Int[Tensor, " u"] | None = None
@@ -75,9 +77,8 @@ class Units:
         if self.reader is not None:
             return self.reader.values(x.float())
         if self.sae is not None:
-            weights = self.sae.W_enc
             with evaluating(self.sae):
-                return self.sae.encode_sparse(x.to(weights.device, weights.dtype))
+                return self.sae.encode_sparse(x.to(self.sae.device, self.sae.dtype))
         return x.float() if self.index is None else x.float().index_select(1, self.index)
 
     def write(
@@ -115,6 +116,11 @@ class Units:
             )
         if len(torch.unique(index)) != len(index):
             raise UserError(f"Expected each unit once, got {len(index)} with repetitions.")
+        if self.sae is not None and not isinstance(self.sae, SAE):
+            raise UserError(
+                "Expected an SAE to choose latents of, got experts: they have no fixed direction "
+                "to write to; delete them with masked_experts."
+            )
         return Units(
             self.kind,
             self.hook_point,
@@ -149,7 +155,7 @@ class Units:
 
 def open_units(
     lm: LanguageModel,
-    sae: SAE | str | Path | None = None,
+    sae: SparseEncoder | str | Path | None = None,
     hook_point: str | None = None,
     kind: str = "latents",
 ) -> Units:
@@ -157,7 +163,8 @@ def open_units(
 
     Args:
         lm: model and tokenizer.
-        sae: for latents: an SAE, or the folder of one (then it says where it was trained).
+        sae: for latents: an SAE, or the folder of one (then it says where it was trained); or the
+            routing of a Monet model, whose experts are read as latents.
         hook_point: e.g. ``layers.15.out``; None takes what the folder of the SAE says. For neurons
             any hook point of the layer, or the path of a module with ``.in`` or ``.out``.
         kind: latents, residual or neurons.
