@@ -28,6 +28,7 @@ from sae_core.text import is_held_out
 DOMAINS = ("eng", "fra", "deu", "python", "wikipedia")
 NOVELS = DOMAINS[:3]
 PASSAGE = 1200
+N_TEST = 120  # held-out documents a domain
 END = "<end>"
 
 
@@ -40,7 +41,7 @@ class Corpus:
 
 
 def load_corpus(chars: int) -> Corpus:
-    """About ``chars`` characters a domain to train on, and a sixth or less as much held out.
+    """About ``chars`` characters a domain to train on, and N_TEST documents held out.
 
     Raises:
         UserError: the novels are not on this machine.
@@ -50,7 +51,7 @@ def load_corpus(chars: int) -> Corpus:
     room: dict[str, int] = {name: chars for name in DOMAINS}  # noqa: C420 - typed
     for name, text, is_test in _documents():
         if is_test:
-            if len(test[name]) < chars // (6 * PASSAGE):
+            if len(test[name]) < N_TEST:
                 test[name].append(text)
         elif room[name] > 0:
             train[name].append(text)

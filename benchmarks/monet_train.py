@@ -19,7 +19,8 @@ from benchmarks.monet_data import cached, load_corpus, make_tokenizer, sequences
 from sae_core.download import cache_dir
 from sae_core.monet.model import MonetConfig, MonetForCausalLM
 
-KINDS = ("dense", "horizontal", "vertical")
+# decomposition, and of what the uniformity is taken (published: gates)
+KINDS = ("vertical logits", "horizontal logits", "vertical gates", "dense")
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ def build(kind: str, size: Size) -> Any:
         "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
     if kind != "dense":
+        decomposition, uniformity = kind.split()
         return MonetForCausalLM(MonetConfig(
             moe_dim=size.m, moe_heads=size.routing_heads, moe_experts=size.n, moe_topk=size.topk,
-            moe_groups=size.groups, moe_decompose=kind, moe_aux=size.aux, **common,
+            moe_groups=size.groups, moe_decompose=decomposition, moe_aux=size.aux,
+            moe_uniformity=uniformity, **common,
         ))  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(intermediate_size=8, **common))
     routers = -(-size.layers // size.groups) * 2 * size.d_model * size.routing_heads * size.n
@@ -96,7 +99,7 @@ def build(kind: str, size: Size) -> Any:
 def folder_of(kind: str, size: Size) -> Path:
     """Where a trained model is kept."""
     name = "-".join(str(value) for value in asdict(size).values())
-    return cache_dir() / "benchmarks" / "monet" / f"{kind}-{name}"
+    return cache_dir() / "benchmarks" / "monet" / f"{kind.replace(' ', '-')}-{name}"
 
 
 def trained(kind: str, size: Size, device: str = "cpu") -> Path:

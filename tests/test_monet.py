@@ -14,7 +14,15 @@ from sae_core.errors import UserError
 from sae_core.models import load_model
 from sae_core.monet.experts import HorizontalExperts, VerticalExperts
 from sae_core.monet.mixing import Factored, Kept, Pairs
-from sae_core.monet.router import FLOOR, MonetRouter, ambiguity, cut_softmax, uniformity
+from sae_core.monet.router import (
+    FLOOR,
+    MonetRouter,
+    Seen,
+    ambiguity,
+    cut_softmax,
+    mean_use,
+    uniformity,
+)
 from tests.tiny_monet import SHAPE, WORDS, save_monet, tiny_monet
 
 T, H, N, M, D = 5, 3, 8, 4, 6
@@ -123,12 +131,30 @@ def test_about_k_halves_pass_in_training_and_running_moments_follow() -> None:
 
 def test_the_losses_by_hand() -> None:
     even, one = torch.full((12, 1, 4), 0.25), torch.eye(4)[None].expand(3, 4, 4).reshape(12, 1, 4)
-    assert uniformity((even, even)) == pytest.approx(np.log(4))
-    assert uniformity((one, one)) == pytest.approx(np.log(4))  # each half a quarter of the tokens
+    assert uniformity(mean_use(even), mean_use(even)) == pytest.approx(np.log(4))
+    assert uniformity(mean_use(one), mean_use(even)) == pytest.approx(np.log(4))  # a quarter each
     assert ambiguity((even, even)) == pytest.approx(0.75)
     assert ambiguity((one, even)) == pytest.approx(0.375)
-    first = torch.tensor([[[1.0, 0.0]]])
-    assert uniformity((first, first)) == pytest.approx(-np.log(FLOOR) / 2)  # log 0 is floored
+    first = torch.tensor([[1.0, 0.0]])
+    assert uniformity(first, first) == pytest.approx(-np.log(FLOOR) / 2)  # log 0 is floored
+    assert uniformity(first, mean_use(even[..., :2] * 2)) == pytest.approx(
+        (-np.log(FLOOR) / 2 + np.log(2)) / 2
+    )
+
+
+def test_a_half_that_nobody_uses_gets_a_gradient_from_its_logits_alone() -> None:
+    torch.manual_seed(0)
+    router = MonetRouter(16, 2, 8, 2)
+    x = torch.randn(64, 16) + 1
+    router.w1.weight.data[3] = -1.0  # far below the cut for every token
+    seen = Seen()
+    g1, g2 = router(x, seen)
+    assert not g1[:, 0, 3].any()
+    for use, has_gradient in (([mean_use(g1), mean_use(g2)], False), (seen.use, True)):
+        router.zero_grad()
+        uniformity(use[0], use[1]).backward(retain_graph=True)
+        assert router.w1.weight.grad is not None
+        assert bool(router.w1.weight.grad[3].any()) == has_gradient
 
 
 def ids(seed: int = 0, shape: tuple[int, int] = (2, 12)) -> Tensor:
@@ -179,8 +205,12 @@ def test_the_loss_in_training_has_the_auxiliary_terms() -> None:
     model.train()
     output = model(input_ids=ids(), labels=ids())
     seen = [model(input_ids=ids(), output_router_probs=True).router_probs[i] for i in (0, 2)]
-    want = np.mean([float((uniformity(g) + ambiguity(g)).detach()) for g in seen])
+    want = np.mean([
+        float((uniformity(mean_use(g[0]), mean_use(g[1])) + ambiguity(g)).detach()) for g in seen
+    ])  # fmt: skip
     assert float(output.aux_loss.detach()) == pytest.approx(want, rel=1e-5)
+    model.config.moe_uniformity = "logits"
+    assert float(model(input_ids=ids(), labels=ids()).aux_loss.detach()) < want
     model.config.moe_aux = 0.0
     plain = model(input_ids=ids(), labels=ids()).loss
     assert float((output.loss - plain).detach()) == pytest.approx(0.5 * want, rel=1e-4)
@@ -236,6 +266,7 @@ def test_missing_and_extra_tensors_are_refused(tmp_path: Path) -> None:
     [
         ({"moe_topk": 8}, "moe_topk between 1 and moe_experts - 1 = 7, got 8"),
         ({"moe_dim": 3}, "even moe_dim, got 3"),
+        ({"moe_uniformity": "all"}, "moe_uniformity of gates, logits, got 'all'"),
         ({"hidden_act": "gelu"}, "hidden_act 'relu2', got 'gelu'"),
     ],
 )

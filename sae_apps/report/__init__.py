@@ -1,5 +1,6 @@
 """One self-contained HTML page per run, built from sections; each module makes one section."""
 
+from sae_apps.report.experts import experts_section
 from sae_apps.report.frequencies import frequencies_section
 from sae_apps.report.geography import (
     Geography,
@@ -23,6 +24,7 @@ __all__ = [
     "Section",
     "SuppressionView",
     "build_page",
+    "experts_section",
     "frequencies_section",
     "geography_section",
     "latents_section",

@@ -26,6 +26,7 @@ from sae_core.kernels.codes import Codes
 from sae_core.metrics import check_width, evaluate, evaluating
 from sae_core.pooling import RowPooler
 from sae_core.provenance import Provenance, package_versions
+from sae_core.sae import SAE
 from sae_core.tokenised import TokenisedRow, stream_kept
 
 __all__ = [
@@ -89,13 +90,16 @@ def encode(
 
 
 def measure_fvu(encoder: Encoder, rows: Iterable[InstructionRow]) -> float | None:
-    """FVU of the SAE on the rows' own tokens; None where fewer than two tokens count.
+    """FVU of the SAE on the rows' own tokens; None where fewer than two tokens count, and for
+    experts, which reconstruct nothing.
 
     Special and first tokens stay out whatever the configuration says: SAEs are not trained on them.
 
     Raises:
         UserError: activations of another width, or that do not vary.
     """
+    if not isinstance(encoder.sae, SAE):
+        return None
     config = replace(encoder.config, span="all", special=False)
     encoder = replace(encoder, config=config)
     found: list[Activations] = []
@@ -131,10 +135,10 @@ def windows(rows: Iterable[InstructionRow], size: int) -> Iterator[list[Instruct
 
 def stream_codes(encoder: Encoder, tokens: list[Tokens]) -> Iterator[tuple[Codes, Activations]]:
     """Codes of the tokens that count, with the activations (and places) they come from."""
-    weights = encoder.sae.W_enc
+    sae = encoder.sae
     for batch in stream_tokens(encoder, tokens):
-        with evaluating(encoder.sae):
-            yield encoder.sae.encode_sparse(batch.x.to(weights.device, weights.dtype)), batch
+        with evaluating(sae):
+            yield sae.encode_sparse(batch.x.to(sae.device, sae.dtype)), batch
 
 
 def stream_tokens(encoder: Encoder, tokens: list[Tokens]) -> Iterator[Activations]:

@@ -10,11 +10,12 @@ import torch
 
 from sae_apps.selection.templates import FORMS, choose_form
 from sae_core.activations import resolve_hook_point
+from sae_core.encoder import SparseEncoder
 from sae_core.errors import CorruptFileError, UserError
 from sae_core.metrics import check_width
 from sae_core.models import DTYPES, LanguageModel, load_model
 from sae_core.pooling import POOLINGS
-from sae_core.sae import SAE, load_sae
+from sae_core.sae import load_sae
 
 SPANS = ("all", "prompt", "response")
 
@@ -53,8 +54,8 @@ class Encoder:
 
     lm: LanguageModel
     """The model that the SAE was trained on."""
-    sae: SAE
-    """On the device of the model, or another."""
+    sae: SparseEncoder
+    """On the device of the model, or another; or the routing of a Monet model."""
     hook_point: str
     """Where the SAE was trained, e.g. ``layers.15.out``."""
     config: EmbedConfig = field(default_factory=EmbedConfig)

@@ -6,7 +6,7 @@ Only every ``moe_groups``-th layer has a router; the layers behind it use its ga
 2412.04139, "we reuse the routings every 4 layers"). Names of modules and parameters are those of
 the published checkpoints, which load without code of their own. In training the loss is
 loss_LM + moe_aux (uniformity + ambiguity), each averaged over the routers (how the paper joins
-several routers is not printed).
+several routers is not printed), the uniformity as published or of all logits (``router``).
 
 The only file here that imports transformers: import it when a model is at hand.
 """
@@ -32,8 +32,16 @@ from transformers.models.llama.modeling_llama import (
 
 from sae_core.errors import UserError
 from sae_core.monet.experts import HorizontalExperts, VerticalExperts
-from sae_core.monet.router import Gates, Moments, MonetRouter, ambiguity, uniformity
+from sae_core.monet.router import (
+    Gates,
+    MonetRouter,
+    Seen,
+    ambiguity,
+    mean_use,
+    uniformity,
+)
 
+UNIFORMITIES = ("gates", "logits")
 DECOMPOSITIONS = {"horizontal": HorizontalExperts, "vertical": VerticalExperts}
 
 
@@ -48,6 +56,8 @@ class MonetConfig(LlamaConfig):
         moe_groups: layers that share a router.
         moe_decompose: ``vertical`` or ``horizontal``.
         moe_aux: weight of the two auxiliary losses in training.
+        moe_uniformity: of the ``gates``, as published, or of all ``logits``, so that a half that no
+            token of a batch uses can come back.
     Raises:
         UserError: settings that do not fit each other.
     """
@@ -63,13 +73,15 @@ class MonetConfig(LlamaConfig):
         moe_groups: int = 4,
         moe_decompose: str = "vertical",
         moe_aux: float = 1e-3,
+        moe_uniformity: str = "gates",
         output_router_probs: bool = False,
         hidden_act: str = "relu2",
         **kwargs: Any,
     ) -> None:
         self.moe_dim, self.moe_heads, self.moe_experts = moe_dim, moe_heads, moe_experts
         self.moe_topk, self.moe_groups, self.moe_decompose = moe_topk, moe_groups, moe_decompose
-        self.moe_aux, self.output_router_probs = moe_aux, output_router_probs
+        self.moe_aux, self.moe_uniformity = moe_aux, moe_uniformity
+        self.output_router_probs = output_router_probs
         super().__init__(hidden_act=hidden_act, **kwargs)
         _check(self)
 
@@ -78,6 +90,10 @@ def _check(config: MonetConfig) -> None:
     if config.moe_decompose not in DECOMPOSITIONS:
         raise UserError(
             f"Expected moe_decompose of {', '.join(DECOMPOSITIONS)}, got {config.moe_decompose!r}."
+        )
+    if config.moe_uniformity not in UNIFORMITIES:
+        raise UserError(
+            f"Expected moe_uniformity of {', '.join(UNIFORMITIES)}, got {config.moe_uniformity!r}."
         )
     if config.hidden_act != "relu2":
         raise UserError(f"Expected hidden_act 'relu2', got {config.hidden_act!r}.")
@@ -96,7 +112,15 @@ class Routing:
     """Gates of one forward pass, by group; each is written by the first layer of its group."""
 
     gates: dict[int, Gates] = field(default_factory=dict)
-    moments: dict[int, list[Moments]] = field(default_factory=dict)
+    seen: dict[int, Seen] = field(default_factory=dict)
+
+    def auxiliary(self, of: str) -> Tensor:
+        """uniformity + ambiguity, averaged over the routers."""
+        terms = []
+        for group, gates in self.gates.items():
+            use = self.seen[group].use if of == "logits" else [mean_use(g) for g in gates]
+            terms.append(uniformity(use[0], use[1]) + ambiguity(gates))
+        return torch.stack(terms).mean()
 
 
 @dataclass
@@ -135,12 +159,12 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
     def _gates(self, x: Tensor, routing: Routing) -> Gates:
         if not hasattr(self, "router"):
             return routing.gates[self.group]
-        moments: list[Moments] = []
-        gates = self.router(x, moments)
+        seen = Seen()
+        gates = self.router(x, seen)
         # A layer that is computed again in the backward pass finds its entry there: the layers
         # behind it must go on reading the first gates, and moments are tracked once.
         routing.gates.setdefault(self.group, gates)
-        routing.moments.setdefault(self.group, moments)
+        routing.seen.setdefault(self.group, seen)
         return gates
 
 
@@ -188,7 +212,7 @@ class MonetModel(MonetPreTrainedModel, LlamaModel):
         output = super().forward(*args, **beside, **kwargs)
         if self.training:
             for layer in leaders(self):
-                layer.router.track(routing.moments[layer.group])
+                layer.router.track(routing.seen[layer.group].moments)
         return output
 
 
@@ -217,8 +241,7 @@ class MonetForCausalLM(MonetPreTrainedModel, LlamaForCausalLM):
         found = super().forward(*args, **beside, **kwargs)
         output = MonetOutput(**found)
         if self.training:
-            terms = [uniformity(gates) + ambiguity(gates) for gates in routing.gates.values()]
-            output.aux_loss = torch.stack(terms).mean()
+            output.aux_loss = routing.auxiliary(self.config.moe_uniformity)
             if output.loss is not None:
                 output.loss = output.loss + self.config.moe_aux * output.aux_loss
         wanted = self.config.output_router_probs

@@ -17,9 +17,12 @@ cut carries no gradient.
 
 (equations 16 and 17; the mean over tokens inside the logarithm is not printed there, but the values
 reported lie just above ln n, as they then must). Deviation: a half that no token of the batch uses
-has log 0, so the mean is floored at ``FLOOR``.
+has log 0, so the mean is floored at ``FLOOR``. Such a half has no gradient either and never comes
+back, which batches of two million tokens hide and small ones do not: ``mean_logits_use`` takes the
+softmax over all logits, without the cut, and reaches every half.
 """
 
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import torch
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 
 Gates = tuple[Float[Tensor, "*b heads n"], Float[Tensor, "*b heads n"]]
 Moments = tuple[Float[Tensor, "heads"], Float[Tensor, "heads"]]
+Use = Float[Tensor, "heads n"]
 FLOOR = 1e-6
 EPS, MOMENTUM = 1e-5, 0.1  # those of torch's batch normalisation, as in the published code
 
@@ -44,6 +48,15 @@ class RunningMoments(nn.Module):
         self.register_buffer("running_mean", torch.zeros(heads))
         self.register_buffer("running_var", torch.ones(heads))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+
+@dataclass
+class Seen:
+    """What a router saw of a batch in training, once for each side."""
+
+    moments: list[Moments] = field(default_factory=list)
+    use: list[Use] = field(default_factory=list)
+    """Mean softmax over all logits, with its gradient."""
 
 
 class MonetRouter(nn.Module):
@@ -64,13 +77,13 @@ class MonetRouter(nn.Module):
         self.w2 = nn.Linear(d_model, heads * n, bias=False)
         self.norm1, self.norm2 = RunningMoments(heads), RunningMoments(heads)
 
-    def forward(self, x: Float[Tensor, "*b d"], seen: list[Moments] | None = None) -> Gates:
+    def forward(self, x: Float[Tensor, "*b d"], seen: Seen | None = None) -> Gates:
         """Gates of both sides, float32; each row [n] sums to 1.
 
         Args:
             x: normalised residual stream.
-            seen: in training, where the moments of the batch are put for ``track``; None: they are
-                tracked at once.
+            seen: in training, where the moments of the batch are put for ``track``, and the use of
+                the halves; None: moments are tracked at once.
         """
         logits = [w(x).unflatten(-1, (self.heads, self.n)).float() for w in (self.w1, self.w2)]
         if self.training:
@@ -78,7 +91,8 @@ class MonetRouter(nn.Module):
             if seen is None:
                 self.track(moments)
             else:
-                seen.extend(moments)
+                seen.moments += moments
+                seen.use += [mean_logits_use(one) for one in logits]
         else:
             moments = [(m.running_mean, m.running_var) for m in (self.norm1, self.norm2)]
         first, second = (
@@ -115,9 +129,19 @@ def cut_softmax(
     return logits.masked_fill(~passes, -torch.inf).softmax(-1)
 
 
-def uniformity(gates: Gates) -> Float[Tensor, ""]:
-    """Cross-entropy of the mean use of the halves to an even one, in nats; least at ln n."""
-    parts = [-g.flatten(0, -3).mean(0).clamp_min(FLOOR).log().mean() for g in gates]
+def mean_use(gates: Float[Tensor, "*b heads n"]) -> Use:
+    """Mean gate of each half over tokens."""
+    return gates.flatten(0, -3).mean(0)
+
+
+def mean_logits_use(logits: Float[Tensor, "*b heads n"]) -> Use:
+    """The same of gates without a cut: positive for every half."""
+    return logits.softmax(-1).flatten(0, -3).mean(0)
+
+
+def uniformity(first: Use, second: Use) -> Float[Tensor, ""]:
+    """Cross-entropy of the use of both sides to an even one, in nats; least at ln n."""
+    parts = [-use.clamp_min(FLOOR).log().mean() for use in (first, second)]
     return (parts[0] + parts[1]) / 2
 
 
