@@ -101,12 +101,13 @@ def use_of_halves(lm: LanguageModel, corpus: Corpus) -> dict[str, Any]:
         probs = lm.model(input_ids=ids, output_router_probs=True).router_probs
         for layer, kept in gates.items():
             kept.append([g[0] for g in probs[layer]])
-    joined = [tuple(torch.cat(side) for side in zip(*kept, strict=True)) for kept in gates.values()]
-    halves = lm.model.config.moe_experts
-    return {
     joined: list[Any] = [
         tuple(torch.cat(side) for side in zip(*kept, strict=True)) for kept in gates.values()
     ]
+    halves = lm.model.config.moe_experts
+    even = [float(uniformity(mean_use(a), mean_use(b))) for a, b in joined]
+    return {
+        "uniformity": float(np.mean(even)),
         "log_n": float(np.log(halves)),
         "ambiguity": float(np.mean([float(ambiguity((a, b))) for a, b in joined])),
         "active_a_head": float(np.mean([float((g > 0).sum(-1).float().mean())
