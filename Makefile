@@ -50,6 +50,7 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 	$(BIN)/python -m benchmarks.geography --part findings --areas world GB
 	$(BIN)/python -m benchmarks.suppression_cost
 	$(BIN)/python -m benchmarks.alignment
+	$(BIN)/python -m benchmarks.monet
 
 figures: $(STAMP) ## draw results/figures from benchmarks/results
 	$(BIN)/python -m benchmarks.figures

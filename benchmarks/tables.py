@@ -22,6 +22,8 @@ from benchmarks.identifiability_table import (
     recovery_ablation,
     reweighting,
 )
+from benchmarks.interop_table import interop
+from benchmarks.monet_table import monet_domains, monet_losses, monet_speed
 from benchmarks.selection_pages import (
     finetune,
     selection,
@@ -120,6 +122,13 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "separability_goals": ("separability", goals),
     "alignment": ("alignment", alignment),
     "alignment_goals": ("alignment", goals),
+    "monet_losses": ("monet", monet_losses),
+    "monet_domains": ("monet", monet_domains),
+    "monet_speed": ("monet", monet_speed),
+    "monet_goals": ("monet", goals),
+    "interop": ("interop", interop),
+    "interop_goals": ("interop", goals),
+    "matching_goals": ("matching", goals),
     **GEOGRAPHY,
 }
 
@@ -150,6 +159,8 @@ def render(name: str) -> str:
     if name == "overview":
         return f"{overview()}\n"
     file, make = TABLES[name]
+    if not (RESULTS / f"{file}.json").exists():
+        return "Not run yet.\n"
     result = json.loads((RESULTS / f"{file}.json").read_text())
     origin = (
         f"`{result['command']}`, {result['date']}, commit {result['commit']}, "

@@ -19,6 +19,8 @@ COMMANDS = {
     "separability": "measure how far apart units are under different concepts",
     "suppress": "suppress a concept, and measure what that removes and costs",
     "align": "compare relations among codes with those in a semantic space",
+    "convert": "convert SAEs of SAELens, sparsify, dictionary_learning; write SAELens",
+    "monet": "find the experts of a domain in a Monet model, delete them, measure",
     "doctor": "show what is installed, which devices there are, what is cached",
     "demo": "train, evaluate and show an SAE on the built-in text and model",
 }
