@@ -55,8 +55,9 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 figures: $(STAMP) ## draw results/figures from benchmarks/results
 	$(BIN)/python -m benchmarks.figures
 
-tables: $(STAMP) ## write the tables of README and docs from benchmarks/results
+tables: $(STAMP) ## write the tables of README and docs, and docs/api.md
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.api_reference
 
 clean: ## remove caches and build products; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

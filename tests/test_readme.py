@@ -29,6 +29,8 @@ def test_links_lead_to_files(page):
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if "runs/demo" not in b])
 def test_code_blocks_run(block, capsys):
+    if "lm_eval" in block:
+        pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm_eval) is not installed.")
     if "smollm2" in block:
         from sae_core.errors import UserError
         from sae_core.models import load_model
@@ -64,7 +66,8 @@ def test_the_block_on_a_finished_run(tmp_path, monkeypatch):
     assert names["rows"].tolist() == [9] and names["latents"].tolist() == [9, 12]
 
 
-def test_the_block_that_selects(stories260k, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mark", ["why(", "Trainer("])
+def test_the_blocks_that_select(mark, stories260k, tmp_path, monkeypatch, capsys):
     from sae_apps.tasks.main import main
 
     monkeypatch.chdir(tmp_path)
@@ -73,10 +76,14 @@ def test_the_block_that_selects(stories260k, tmp_path, monkeypatch, capsys):
     flags += ["--batch-size", "256", "--eval-tokens", "100", "--loss-tokens", "50"]
     assert main(["train", "--model", str(stories260k), *flags, "--out", "runs/demo"]) == 0
     capsys.readouterr()
-    (block,) = [b for b in BLOCKS if "load_encoder" in b]
+    (block,) = [b for b in BLOCKS if "load_encoder" in b and mark in b]
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
-    assert len(names["picks"]) == 1 and "'prompt'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    if mark == "why(":
+        assert len(names["picks"]) == 1 and "'prompt'" in said
+    else:
+        assert len(names["rows"]) == 8 and float(said.split()[-1]) > 0  # loss after two steps
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -96,8 +103,9 @@ def _code(main, flags) -> int:
         return int(stop.code or 0)
 
 
-def test_tables_are_those_of_the_results():
+@pytest.mark.parametrize("module", ["tables", "api_reference"])
+def test_written_pages_are_those_of_results_and_docstrings(module):
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tables", "--check"], cwd=ROOT, capture_output=True
+        [sys.executable, "-m", f"benchmarks.{module}", "--check"], cwd=ROOT, capture_output=True
     )
     assert run.returncode == 0, run.stderr.decode()
