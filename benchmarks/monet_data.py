@@ -28,7 +28,7 @@ from sae_core.text import is_held_out
 DOMAINS = ("eng", "fra", "deu", "python", "wikipedia")
 NOVELS = DOMAINS[:3]
 PASSAGE = 1200
-N_TEST = 120  # held-out documents a domain
+N_TEST = 72  # held-out documents a domain
 END = "<end>"
 
 
