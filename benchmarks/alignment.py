@@ -1,6 +1,6 @@
 """Do latents keep the relations of their items, and more than the activations they are made from?
 
-    python -m benchmarks.alignment [--size full]
+    python -m benchmarks.alignment [--size full] [--part monet]
 
 SmolLM2-135M, layers.15.out, the GBA and the TopK SAE of benchmarks.selection_data. Items, each
 against a space that the model had no part in:
@@ -14,6 +14,9 @@ against a space that the model had no part in:
 Units are compared as they are and less their mean over the items: means that all items share carry
 most of a residual vector, but no relation. delta is against the centred units. ``null`` rows say
 how often p <= .05 where nothing is aligned (permuted items, 200 repeats, 199 permutations each).
+
+Part monet: the same items through the small Monet of benchmarks.monet (2.5M tokens of training):
+the experts and the halves of its last router beside the units that this router reads.
 """
 
 import argparse
@@ -38,7 +41,6 @@ from sae_apps.alignment import great_circle, relational_alignment
 from sae_apps.geospatial.places import load_places
 from sae_apps.tasks.align_run import item_codes
 from sae_core.models import DEFAULT_MODEL, LanguageModel, load_model
-from sae_core.sae import SAE
 
 HOOK = "layers.15.out"
 SIZES = {"reduced": 200, "full": 600}  # places and words
@@ -103,17 +105,24 @@ def languages() -> Items:
 
 
 def codes_of(
-    lm: LanguageModel, items: Items, kinds: dict[str, SAE]
+    lm: LanguageModel, items: Items, kinds: dict[str, Any], hook_point: str = HOOK
 ) -> dict[str, Float[np.ndarray, "n p"] | sparse.csr_array]:
     """Activations of the items and their codes, at the last token or on average."""
     pooling = "mean" if items.is_pooled else "last"
-    units, codes = item_codes(lm, HOOK, items.texts, kinds, pooling)
+    units, codes = item_codes(lm, hook_point, items.texts, kinds, pooling)
     return {"units, centred": units - units.mean(0), "units": units, **codes}
 
 
-def rows_of(lm: LanguageModel, items: Items, kinds: dict[str, SAE], how: Any) -> Iterator[dict]:
-    """A row for every kind of code."""
-    codes = codes_of(lm, items, kinds)
+def rows_of(
+    lm: LanguageModel,
+    items: Items,
+    kinds: dict[str, Any],
+    how: Any,
+    hook_point: str = HOOK,
+    of: str = "",
+) -> Iterator[dict]:
+    """A row for every kind of code; ``of`` names the model where it is not the default."""
+    codes, title = codes_of(lm, items, kinds, hook_point), items.name + of
     for name, one in codes.items():
         base = None if name == "units, centred" else codes["units, centred"]
         found = relational_alignment(
@@ -122,12 +131,27 @@ def rows_of(lm: LanguageModel, items: Items, kinds: dict[str, SAE], how: Any) ->
         low, high = found.ci or (None, None)
         delta_low, delta_high = found.delta_ci or (None, None)
         yield {
-            "name": f"{items.name} | {name}", "items": items.name, "codes": name,
+            "name": f"{title} | {name}", "items": title, "codes": name,
             "n_items": found.n_items, "n_dropped": found.n_dropped, "rho": found.rho,
             "rho_low": low, "rho_high": high, "p": found.p, "null_sd": found.null_sd,
             "delta": found.delta, "delta_low": delta_low, "delta_high": delta_high,
             "least_item": float(found.per_item.min()), "rejected": None,
         }  # fmt: skip
+
+
+def monet(items: Items, how: Any) -> Iterator[dict]:
+    """Rows of the small Monet: experts and halves of its last router."""
+    from benchmarks.monet_train import SIZES as SHAPES
+    from benchmarks.monet_train import trained
+    from sae_core.monet.masks import router_layers
+    from sae_core.monet.routing import expert_routing
+
+    lm = load_model(str(trained("vertical logits", SHAPES["reduced"])))
+    layer = router_layers(lm.model)[-1]
+    experts = expert_routing(lm.model, layer, threshold=0.0)
+    halves = expert_routing(lm.model, layer, threshold=0.0, units="halves")
+    kinds = {"experts": experts, "halves": halves}
+    yield from rows_of(lm, items, kinds, how, experts.hook_point, ", small Monet")
 
 
 def null_rows(codes: Any, items: Items) -> dict[str, Any]:
@@ -171,9 +195,14 @@ def main() -> None:
     """Measure and write results/alignment.json."""
     parser = argparse.ArgumentParser(description="Relations among codes and among meanings.")
     parser.add_argument("--size", choices=SIZES, default="reduced")
+    parser.add_argument("--part", choices=("monet",), help="into the last result")
     args, started, rows = parser.parse_args(), time.time(), []
     n = SIZES[args.size]
     how = {"permutations": 999 if args.size == "reduced" else 9999, "n_boot": 500}
+    if args.part == "monet":
+        rows = [row for items in (*places(n), words(n), languages()) for row in monet(items, how)]
+        write_result("alignment", rows, goals, started, merge=True)
+        return
     lm, kinds = load_model(DEFAULT_MODEL, dtype=torch.bfloat16), saes()
     everything = [*places(n), words(n), languages()]
     for items in everything:
