@@ -178,7 +178,8 @@ def test_few_and_many_deleted_experts_go_different_ways_to_one_result(
 
 
 def test_generation_under_a_mask_uses_the_cache(lm: LanguageModel) -> None:
-    prompt = lm.tokenizer("the cat sees", return_tensors="pt")
+    ids = lm.tokenizer("the cat sees", return_tensors="pt")["input_ids"]
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     common: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     with masked_experts(lm.model, random_mask(2, 0.5)):
         cached = lm.model.generate(**prompt, **common)
