@@ -144,7 +144,7 @@ def wrong_homes(path: str, source: str) -> list[str]:
             known = package in sys.stdlib_module_names or package in CORE_TOP_LEVEL | {"sae_core"}
             # a kernel of an optional compiler is itself imported lazily, by device
             is_kernel = package == "triton" and fnmatch(path, "sae_core/kernels/triton*.py")
-            # the classes of a model are transformers' own: the file is imported with a model at hand
+            # a model's classes derive from transformers' own: imported with a model at hand
             is_model = package == "transformers" and path == "sae_core/monet/model.py"
             if not known and not is_kernel and not is_model:
                 bad.append(f"{path}:{line} imports {package} outside a function")
