@@ -51,6 +51,8 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 	$(BIN)/python -m benchmarks.suppression_cost
 	$(BIN)/python -m benchmarks.alignment
 	$(BIN)/python -m benchmarks.monet
+	$(BIN)/python -m benchmarks.faults --kills 20 --flips 60
+	$(BIN)/python -m benchmarks.fuzz --inputs 2000
 
 figures: $(STAMP) ## draw results/figures from benchmarks/results
 	$(BIN)/python -m benchmarks.figures

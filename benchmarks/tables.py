@@ -32,6 +32,7 @@ from benchmarks.selection_pages import (
     similarity_exact,
 )
 from benchmarks.suppression_table import alignment, published, separability, suppression
+from benchmarks.trust_table import faults_disk, faults_flip, faults_kill, fuzz
 from sae_core.store import atomic_write_text
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -128,6 +129,12 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "monet_goals": ("monet", goals),
     "interop": ("interop", interop),
     "interop_goals": ("interop", goals),
+    "faults_kill": ("faults", faults_kill),
+    "faults_flip": ("faults", faults_flip),
+    "faults_disk": ("faults", faults_disk),
+    "faults_goals": ("faults", goals),
+    "fuzz": ("fuzz", fuzz),
+    "fuzz_goals": ("fuzz", goals),
     "matching_goals": ("matching", goals),
     **GEOGRAPHY,
 }

@@ -25,6 +25,7 @@ from sae_core.sae import SAE, SAEConfig
 from sae_core.start import make_optimizer
 from sae_core.state import TrainConfig, TrainState
 from sae_core.store import atomic_folder, recover_folder, verify_folder
+from sae_core.untrusted import read_object, reading
 
 log = logging.getLogger(__name__)
 KEEP = 2  # the newest, and one to fall back on
@@ -65,14 +66,18 @@ def load_checkpoint(
         UserError: the checkpoint was made with another training configuration.
     """
     damage: CorruptFileError | None = None
-    for path in _found(Path(folder)):
+    found = _found(Path(folder))
+    for number, path in enumerate(found):
         try:
             verify_folder(path)
         except CorruptFileError as error:
             log.warning("%s Using an older checkpoint.", error)
             damage = damage or error
             continue
-        return _read(path, config, device)
+        state = _read(path, config, device)
+        for old in found[max(KEEP, number + 2) :]:  # half of one, where a kill came while it went
+            shutil.rmtree(old)
+        return state
     if damage is not None:
         raise damage
     return None
@@ -103,15 +108,25 @@ def _tensors(sae: SAE, state: TrainState) -> dict[str, Tensor]:
 
 
 def _read(path: Path, config: TrainConfig, device: torch.device | str) -> tuple[SAE, TrainState]:
-    meta = json.loads((path / "state.json").read_text())
-    saved, asked = meta["train"], json.loads(json.dumps(asdict(config)))
+    meta = read_object(path / "state.json")
+    with reading("a checkpoint", path):
+        saved, asked = dict(meta["train"]), json.loads(json.dumps(asdict(config)))
     for key in asked:
         if saved.get(key) != asked[key]:
             raise UserError(
                 f"{path} was made with {key}={saved.get(key)}, this run asks for {asked[key]}."
             )
-    tensors = load_file(path / "state.safetensors", device=str(device))
-    sae = SAE(SAEConfig(**meta["sae"])).to(device)
+    with reading("a checkpoint", path):
+        return _restored(meta, load_file(path / "state.safetensors", device=str(device)), config)
+
+
+def _restored(
+    meta: dict[str, Any], tensors: dict[str, Tensor], config: TrainConfig
+) -> tuple[SAE, TrainState]:
+    asked, device = SAEConfig(**meta["sae"]), tensors["sae.W_enc"].device
+    if tensors["sae.W_enc"].shape != (asked.d_in, asked.d_sae):  # before memory is asked for
+        raise ValueError(f"W_enc {list(tensors['sae.W_enc'].shape)} for {asked}")
+    sae = SAE(asked).to(device)
     sae.set_tensors(_part(tensors, "sae."))
     scalars = meta["scalars"]
     firing = FiringStats(sae.d_sae, device)

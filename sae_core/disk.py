@@ -1,8 +1,10 @@
 """Single files that are whole or absent, a full disk as one sentence, names for unfinished work."""
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -15,6 +17,7 @@ from typing import IO, Any
 
 from sae_core.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -31,6 +34,10 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     path = Path(path)
     full = f"The disk that holds {path} is full: free some space or choose another folder."
+    limit = (
+        f"Expected room for a file in {path}, got the limit on the size of files: raise it "
+        "(ulimit -f) or choose another disk."
+    )
     try:
         yield
     except UserError:
@@ -38,6 +45,8 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL or _says_full(error) or (error.errno is None and _is_full(path)):
             raise UserError(full) from error
+        if error.errno == errno.EFBIG or _is_cut(error):
+            raise UserError(limit) from error
         if error.errno in _DENIED:
             place = Path(error.filename or path)
             raise UserError(
@@ -47,12 +56,20 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         if _says_full(error) or ("inline_container" in str(error) and _is_full(path)):
             raise UserError(full) from error
+        if _is_cut(error):
+            raise UserError(limit) from error
         raise
 
 
 def _says_full(error: Exception) -> bool:
     """Whether the text says so: safetensors and arrow pass the reason on without its errno."""
     return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+
+
+def _is_cut(error: Exception) -> bool:
+    """Whether a write stopped at a limit on the size of files; numpy gives two numbers alone."""
+    text = str(error)
+    return "File too large" in text or bool(re.fullmatch(r"\d+ requested and \d+ written", text))
 
 
 def _is_full(path: Path) -> bool:
@@ -74,6 +91,35 @@ def replaced_file(path: Path, temp: Path) -> Iterator[IO[bytes]]:
         temp.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make a folder and be alone in writing to it; the system ends the lock with the process.
+
+    The lock is on the folder itself (flock), so nothing is left behind. Where a file system has no
+    locks, nothing is locked.
+
+    Raises:
+        UserError: another process is at work there, or the folder may not be written.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise UserError(
+            f"Expected to be alone in writing to {folder}, got another process at work there: wait "
+            "for its end or choose another folder."
+        ) from error
+    except OSError as error:
+        _LOG.debug("no lock on %s: %s", folder, error)
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:

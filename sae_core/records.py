@@ -8,6 +8,7 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from io import BufferedIOBase
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from sae_core.errors import CorruptFileError, UserError
+from sae_core.untrusted import may_repeat, refuse_bomb
 
 Record = dict[str, Any]
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _CHUNK = 1 << 20
 _BATCH_ROWS = 256
-_MAX_FIELD = (1 << 31) - 1  # characters in a csv field: the default, 131,072, is less than a novel
+_MAX_RECORD = 1 << 26  # bytes: a long novel has a tenth; without a bound a small .gz fills memory
+_SPACE = re.compile(r"[ \t\r\n]*")
 _TAIL = 16  # a JSON error this near to the end of the buffer may only be a literal cut in two
 
 
@@ -71,8 +74,14 @@ def _undecodable(name: str, line: int, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{name} line {line}: expected UTF-8 text, got the byte 0x{byte:02x}.")
 
 
+def _too_long(place: str) -> UserError:
+    return UserError(f"{place}: expected a record of at most {_MAX_RECORD:,} bytes, got more.")
+
+
 def _lines(handle: BufferedIOBase, name: str) -> Iterator[tuple[int, str]]:
-    for number, raw in enumerate(handle, start=1):
+    for number, raw in enumerate(iter(lambda: handle.readline(_MAX_RECORD + 1), b""), start=1):
+        if len(raw) > _MAX_RECORD:
+            raise _too_long(f"{name} line {number}")
         try:
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -128,6 +137,8 @@ def _json_array(handle: BufferedIOBase, name: str) -> Iterator[tuple[str, Record
         try:
             start, value, end, closed = _array_item(buffer, pos, first)
         except (ValueError, RecursionError) as error:
+            if len(buffer) - pos > _MAX_RECORD:
+                raise _too_long(f"{name} line {line}") from error
             more = next(chunks, "") if _may_be_cut(error, len(buffer)) else ""
             if not more:
                 line += buffer.count("\n", pos, getattr(error, "pos", pos))
@@ -161,9 +172,8 @@ def _array_item(buffer: str, pos: int, first: bool) -> tuple[int, Any, int, bool
 
 
 def _end_of_space(text: str, pos: int) -> int:
-    while pos < len(text) and text[pos] in " \t\r\n":
-        pos += 1
-    return pos
+    found = _SPACE.match(text, pos)
+    return found.end() if found else pos
 
 
 def _may_be_cut(error: Exception, length: int) -> bool:
@@ -195,11 +205,19 @@ def _decoded_chunks(handle: BufferedIOBase, name: str) -> Iterator[str]:
 
 def _table(handle: BufferedIOBase, name: str, delimiter: str) -> Iterator[tuple[str, Record]]:
     """Rows of a table with a header line; the place is the line on which the row ends."""
-    if csv.field_size_limit() < _MAX_FIELD:
-        csv.field_size_limit(_MAX_FIELD)  # the csv module has one limit for the process
-    reader = csv.reader(
-        (text for _, text in _lines(handle, name)), delimiter=delimiter, strict=True
-    )
+    if csv.field_size_limit() < _MAX_RECORD:
+        csv.field_size_limit(_MAX_RECORD)  # the csv module has one limit for the process
+    size = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for number, text in _lines(handle, name):
+            size += len(text)
+            if size > _MAX_RECORD:  # a quoted field may span many lines
+                raise _too_long(f"{name} line {number}")
+            yield text
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         try:
@@ -210,7 +228,7 @@ def _table(handle: BufferedIOBase, name: str, delimiter: str) -> Iterator[tuple[
             raise UserError(
                 f"{name} line {reader.line_num}: invalid table row: {error}."
             ) from error
-        place = f"{name} line {reader.line_num}"
+        place, size = f"{name} line {reader.line_num}", 0
         if not row:
             continue
         if header is None:
@@ -229,15 +247,19 @@ def _parquet(path: Path, nested: bool) -> Iterator[tuple[str, Record]]:
 
     try:
         with pq.ParquetFile(path) as file:
+            refuse_bomb(file.metadata, path)
             fields = list(file.schema_arrow)
             names = [one.name for one in fields if nested or not pa.types.is_nested(one.type)]
             number = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
+            at_once = 1 if may_repeat(file.metadata, path) else _BATCH_ROWS
+            for batch in file.iter_batches(batch_size=at_once, columns=names):
                 for record in batch.to_pylist():
                     yield f"{path.name} row {number}", record
                     number += 1
     except PermissionError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        text = str(error).splitlines()[0]
+    except CorruptFileError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorruptFileError(f"{path} is not a whole parquet file: {text}") from error

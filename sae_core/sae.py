@@ -23,10 +23,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_core import nonlinearity
-from sae_core.errors import CorruptFileError, UserError
+from sae_core.errors import UserError
 from sae_core.kernels import autograd, sparse
 from sae_core.kernels.codes import Codes
 from sae_core.store import atomic_folder, verify_folder
+from sae_core.untrusted import read_object, reading
 
 Kind = Literal["gba", "topk", "batch_topk", "jumprelu", "relu"]
 
@@ -289,12 +290,11 @@ def load_sae(folder: Path | str) -> tuple[SAE, dict[str, Any]]:
 
     folder = Path(folder)
     verify_folder(folder)
-    config = json.loads((folder / "config.json").read_text())
-    try:
-        sae = SAE(SAEConfig(**config["sae"]))
-        sae.set_tensors(load_file(folder / "sae.safetensors"))
-    except (TypeError, KeyError, UserError) as error:
-        raise CorruptFileError(
-            f"{folder / 'config.json'} does not describe this SAE: {error}"
-        ) from error
-    return sae.eval(), config["extra"]
+    config = read_object(folder / "config.json")
+    with reading("an SAE", folder):
+        tensors, asked = load_file(folder / "sae.safetensors"), SAEConfig(**config["sae"])
+        if tensors["W_enc"].shape != (asked.d_in, asked.d_sae):  # before memory is asked for
+            raise ValueError(f"W_enc {list(tensors['W_enc'].shape)} for {asked}")
+        sae = SAE(asked)
+        sae.set_tensors(tensors)
+        return sae.eval(), dict(config["extra"])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sae_core.activations import Activations
 from sae_core.disk import replaced_file
-from sae_core.errors import CorruptFileError
+from sae_core.errors import CorruptFileError, reason
+from sae_core.untrusted import check_room
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # safetensors' name of each dtype, and a numpy type of the same bytes (numpy has no bfloat16)
@@ -116,10 +117,15 @@ def map_shard(
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(_HEADER_BYTES), "little")
+            if length > path.stat().st_size:  # before so many bytes are asked for
+                raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
         base = _HEADER_BYTES + length
         keys = {name: numpy_type for name, (_, numpy_type) in _KEYS.items()}
         columns = {hook_point: _STORED[dtype][1]} | keys
+        for name, kind in columns.items():
+            room = path.stat().st_size - base - header[name]["data_offsets"][0]
+            check_room(header[name]["shape"], np.dtype(kind).itemsize, room)
         maps = [
             np.memmap(
                 path,
@@ -132,6 +138,8 @@ def map_shard(
         ]
         if any(len(stored) != n for stored in maps):
             raise ValueError(f"{len(maps[0])} tokens instead of {n}")
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CorruptFileError(f"{path}: expected a shard, got {error!r}.") from error
+        if maps[0].ndim != 2 or any(stored.ndim != 1 for stored in maps[1:]):
+            raise ValueError(f"values of shape {list(maps[0].shape)}")
+    except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: expected a shard, got {reason(error)}.") from error
     return maps[0], maps[1], maps[2]

@@ -5,6 +5,7 @@ place before its line is written. ``manifest.json`` comes last.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 from sae_core.activations import Activations
 from sae_core.disk import append_jsonl, atomic_write_text, fsync
-from sae_core.errors import CorruptFileError, UserError
+from sae_core.errors import CorruptFileError, UserError, reason
 from sae_core.provenance import package_versions
-from sae_core.shard_file import Shard, check_size, write_shard
+from sae_core.sealed import sealed, unsealed
+from sae_core.shard_file import DTYPES, Shard, check_digest, check_size, write_shard
 from sae_core.tokens import Cursor
 
 FORMAT = "sae-apps-activations"
@@ -33,10 +35,16 @@ class Journal:
 
     @staticmethod
     def open(folder: Path, settings: dict[str, Any]) -> "Journal":
-        """Read what is there, refuse what belongs to another harvest; writes nothing."""
+        """Read what is there, refuse what belongs to another harvest; writes nothing.
+
+        The shards are read once: what a disk has damaged since must not be trained on.
+        """
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
             _same_settings(folder, manifest["settings"], settings)
+            for shard in manifest["shards"]:
+                check_size(folder, shard)
+                check_digest(folder, shard)
             return Journal(folder, settings, manifest["shards"])
         if not (folder / JOURNAL).exists():
             ours = (f".{JOURNAL}", f".{MANIFEST}")  # the left-over of a kill at the very beginning
@@ -46,7 +54,7 @@ class Journal:
         lines = _whole_lines(folder / JOURNAL)
         if not lines:
             raise CorruptFileError(f"{folder / JOURNAL}: expected the settings in the first line.")
-        _same_settings(folder, lines[0].get("settings", {}), settings)
+        _same_settings(folder, dict(lines[0].get("settings") or {}), settings)
         shards = _shards_of(folder / JOURNAL, lines[1:])
         for number, shard in enumerate(shards):
             if shard.file != _shard_name(number):
@@ -55,6 +63,7 @@ class Journal:
                     f"{shard.file}; two runs must not write to one folder."
                 )
             check_size(folder, shard)
+            check_digest(folder, shard)
         return Journal(folder, settings, shards)
 
     def start(self) -> None:
@@ -63,7 +72,7 @@ class Journal:
         for stale in self.folder.glob(".shard-*"):
             stale.unlink()
         head = {"format": FORMAT, "version": VERSION, "settings": self.settings}
-        lines = [head, *(asdict(shard) for shard in self.shards)]
+        lines = [sealed(head), *(sealed(asdict(shard)) for shard in self.shards)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         atomic_write_text(self.folder / JOURNAL, text)
 
@@ -72,7 +81,7 @@ class Journal:
         digest, size = write_shard(self.folder / name, parts, self.settings["dtype"])
         tokens = sum(len(next(iter(part.values()))) for part in parts)
         shard = Shard(name, tokens, size, digest, end.rows, end.chunks)
-        append_jsonl(self.folder / JOURNAL, asdict(shard))
+        append_jsonl(self.folder / JOURNAL, sealed(asdict(shard)))
         fsync(self.folder / JOURNAL)
         self.shards.append(shard)
 
@@ -85,7 +94,7 @@ class Journal:
             "versions": package_versions("sae-apps", "torch", "transformers"),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        atomic_write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+        atomic_write_text(self.folder / MANIFEST, json.dumps(sealed(manifest), indent=1))
 
 
 def _shard_name(number: int) -> str:
@@ -105,16 +114,33 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines that end in a newline; a kill may have cut the last one."""
     whole = path.read_bytes().rpartition(b"\n")[0]
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise CorruptFileError(f"{path}: expected one JSON record a line, got {error}.") from error
+        lines = [dict(json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CorruptFileError(
+            f"{path}: expected one JSON record a line, got {reason(error)}."
+        ) from error
+    return [unsealed(line, f"{path} line {i}") for i, line in enumerate(lines, start=1)]
 
 
-def _shards_of(path: Path, records: Iterable[dict[str, Any]]) -> list[Shard]:
+def _shards_of(path: Path, records: Iterable[Any]) -> list[Shard]:
+    """Records as shards; a file name that leads out of the folder is refused."""
     try:
-        return [Shard(**record) for record in records]
+        shards = [Shard(**record) for record in records]
     except TypeError as error:
-        raise CorruptFileError(f"{path}: expected records of shards, got {error}.") from error
+        raise CorruptFileError(
+            f"{path}: expected records of shards, got {reason(error)}."
+        ) from error
+    for shard in shards:
+        for name, value in asdict(shard).items():
+            kind = str if name in ("file", "sha256") else int
+            if type(value) is not kind:
+                raise CorruptFileError(f"{path}: expected {name} of a shard, got {value!r:.80}.")
+        if not re.fullmatch(r"[\w-]+\.safetensors", shard.file) or shard.tokens < 1:
+            raise CorruptFileError(
+                f"{path}: expected the name of a shard with tokens, got {shard.file[:80]!r} "
+                f"with {shard.tokens}."
+            )
+    return shards
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -128,16 +154,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             )
         raise UserError(f"Expected a folder of activations at {folder}, got none.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
         kind, version = manifest["format"], manifest["version"]
+        if (kind, version) != (FORMAT, VERSION):
+            raise CorruptFileError(
+                f"{path}: expected {FORMAT} version {VERSION}, got {kind} version {version}."
+            )
+        manifest = unsealed(manifest, path)
         settings, n_tokens = dict(manifest["settings"]), int(manifest["n_tokens"])
         shards = _shards_of(path, manifest["shards"])
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CorruptFileError):
-            raise
-        raise CorruptFileError(f"{path}: expected a manifest in JSON, got {error!r}.") from error
-    if (kind, version) != (FORMAT, VERSION):
+        points = settings["hook_points"]
+        if not (isinstance(points, list) and all(isinstance(name, str) for name in points)):
+            raise TypeError("no names of hook points")
+        if not shards or settings["dtype"] not in DTYPES:
+            raise ValueError(f"{len(shards)} shards of {settings['dtype']!r}")
+    except CorruptFileError:
+        raise
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CorruptFileError(
-            f"{path}: expected {FORMAT} version {VERSION}, got {kind} version {version}."
-        )
+            f"{path}: expected a manifest in JSON, got {reason(error)}."
+        ) from error
     return manifest | {"settings": settings, "n_tokens": n_tokens, "shards": shards}

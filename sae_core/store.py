@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
-from safetensors import SafetensorError
 from scipy import sparse
 
 from sae_core.disk import (
@@ -32,9 +30,10 @@ from sae_core.disk import (
     remove_stale,
     siblings,
 )
-from sae_core.errors import CorruptFileError, UserError
+from sae_core.errors import CorruptFileError, UserError, reason
 from sae_core.features import SparseFeatures
 from sae_core.provenance import Provenance
+from sae_core.untrusted import MAX_D_SAE, read_object, read_table, reading
 
 __all__ = [
     "append_jsonl",
@@ -163,16 +162,16 @@ def load_features(folder: str | os.PathLike[str]) -> SparseFeatures:
     for name in ("features.safetensors", "rows.parquet", "provenance.json"):
         if name not in manifest["files"]:
             raise CorruptFileError(f"{folder} holds no features: expected {name} in its manifest.")
-    try:
+    with reading("features", folder):
         tensors = safetensors.numpy.load_file(folder / "features.safetensors")
         n_rows, d_sae = (int(n) for n in tensors["shape"])
+        if d_sae > MAX_D_SAE or n_rows != len(tensors["indptr"]) - 1:
+            raise ValueError(f"a matrix of {n_rows} x {d_sae}")
         parts = (tensors["data"], tensors["indices"], tensors["indptr"])
         acts = sparse.csr_array(parts, shape=(n_rows, d_sae))
-        rows = pq.read_table(folder / "rows.parquet")
-        provenance = Provenance(**json.loads((folder / "provenance.json").read_text("utf-8")))
+        rows = read_table(folder / "rows.parquet")
+        provenance = Provenance(**read_object(folder / "provenance.json"))
         return SparseFeatures(acts, rows, provenance)
-    except (SafetensorError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"{folder}: expected features, got files with {error!r}.") from error
 
 
 def _refuse_occupied(target: Path, overwrite: bool) -> None:
@@ -236,8 +235,10 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         kind, version = manifest["format"], manifest["version"]
         files = {str(k): (str(v["sha256"]), int(v["bytes"])) for k, v in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"{file}: expected a manifest in JSON, got {error!r}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptFileError(
+            f"{file}: expected a manifest in JSON, got {reason(error)}."
+        ) from error
     if (kind, version) != (FORMAT, VERSION):
         raise CorruptFileError(
             f"{file}: expected {FORMAT} version {VERSION}, got {kind} version {version}."

@@ -187,7 +187,7 @@ def run(plan: Plan) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     chosen = plan.chosen
-    read = [chosen.template.format(text) for text in plan.texts]
+    read = [chosen.template.replace("{}", text) for text in plan.texts]
     units, codes = item_codes(
         plan.lm, plan.run.hook_point, read, {"latents": plan.run.sae}, chosen.pooling
     )

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from sae_core.errors import CorruptFileError, UserError
+from sae_core.sealed import unsealed
 
 PROG = "sae-apps"
 EXIT_OK, EXIT_BAD_INPUT, EXIT_PIPE = 0, 2, 141
@@ -29,6 +30,7 @@ EXIT_OK, EXIT_BAD_INPUT, EXIT_PIPE = 0, 2, 141
 MACHINE_ERRORS = {
     errno.ENOSPC: "The disk is full",
     errno.EDQUOT: "The disk quota is used up",
+    errno.EFBIG: "A file is larger than the limit on the size of files (ulimit -f)",
     errno.EACCES: "Permission denied",
     errno.EPERM: "Permission denied",
     errno.EROFS: "The file system is read-only",
@@ -261,15 +263,15 @@ def size(n_bytes: float) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises:
-    CorruptFileError: not a JSON object; names the file.
+    CorruptFileError: not a JSON object, or not what was sealed; names the file.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path} must hold a JSON object, got {type(value).__name__}.")
-    return value
+    return unsealed(value, path)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

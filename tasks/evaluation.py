@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from .common import to_json, token_count
+from .common import plain, to_json, token_count
 from .progress import Progress, duration, progress
 from .runs import RunFolder
 
@@ -93,13 +93,14 @@ def finish(
     """Write the SAE with what belongs to it, then results.json; return the results."""
     from sae_core.disk import atomic_write_text
     from sae_core.sae import save_sae
+    from sae_core.sealed import sealed
 
     per_latent = {name: results.pop(name).tolist() for name in ("freq", "peak")}
     extra = {name: results["provenance"][name] for name in ("model_id", "model_revision")}
     extra |= {"hook_point": results["provenance"]["hook_point"]} | per_latent
     extra |= {"group": state.group.tolist(), "taf": state.taf.tolist()}
     save_sae(run.sae, sae, extra, overwrite=True)
-    atomic_write_text(run.results_file, to_json(results) + "\n")
+    atomic_write_text(run.results_file, to_json(sealed(plain(results))) + "\n")
     return results
 
 

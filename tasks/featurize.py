@@ -138,7 +138,14 @@ def open_run(path: str | None, *, device: str | None = None) -> FinishedRun:
     sae, extra = load_sae(folder.sae)
     device = device or settings.model.device
     settings = replace(settings, model=replace(settings.model, device=device))
-    return FinishedRun(folder, settings, sae.to(device), extra)
+    try:
+        sae = sae.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        told = str(error).splitlines()[0]
+        raise UserError(
+            f"Expected a device that torch can use here, got {device!r}: {told}"
+        ) from error
+    return FinishedRun(folder, settings, sae, extra)
 
 
 def limited(text: "TextOptions", rows: int | str) -> "TextSource":

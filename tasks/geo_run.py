@@ -15,6 +15,7 @@ from sae_apps.geospatial.places import Places
 from sae_apps.geospatial.probe import probe, probe_units
 from sae_core.features import SparseFeatures
 from sae_core.store import atomic_folder, load_features, save_features, verify_folder
+from sae_core.untrusted import read_array
 
 from .geo_plan import Asked, Plan
 from .progress import Progress, duration
@@ -52,7 +53,7 @@ def read_units(plan: Plan, *, quiet: bool = False) -> Float[np.ndarray, "n d_in"
     folder = plan.cache.with_name(f"{plan.cache.name}-raw")
     if folder.is_dir():
         verify_folder(folder)
-        return np.load(folder / "units.npy")
+        return read_array(folder / "units.npy")
     encoder, point = plan.encoder, plan.encoder.hook_point
     parts = [
         probe_units(encoder.lm, [point], some, plan.asked.probe)[point]

@@ -178,8 +178,9 @@ def estimate(asked: "Asked", plan: "Plan") -> dict[str, Any]:
         "passes": passes,
         "seconds": passes * seconds,
         "disk_bytes": int(stored),
-        "memory_bytes": int(BASE_BYTES + sum(p.numel() * p.element_size() for p in (
-            *encoder.lm.model.parameters(), *encoder.sae.parameters())) + 2 * stored),
+        "memory_bytes": int(BASE_BYTES + 2 * stored + sum(
+            p.numel() * p.element_size() for p in encoder.parameters()
+        )),
         "probe_places": some.n,
         "missing": [],
     }  # fmt: skip

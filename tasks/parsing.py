@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -231,7 +232,10 @@ def take(cls: type, values: Mapping[str, Any] | Namespace) -> Any:
     chosen: dict[str, Any] = {}
     for field in fields(cls):
         if field.name in given:
-            value = given[field.name]
+            value, hint = given[field.name], hints[field.name]
+            if value is None and hint is not Any and NoneType not in get_args(hint):
+                name = field.name.replace("_", "-")
+                raise UserError(f"A value for --{name} is needed, got null.")
             if is_dataclass(hints[field.name]) and isinstance(value, Mapping):
                 value = take(hints[field.name], value)
             # JSON has no tuples

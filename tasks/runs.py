@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_core.disk import atomic_write_text
-from sae_core.errors import UserError
+from sae_core.errors import CorruptFileError, UserError
+from sae_core.sealed import sealed
 
 from .common import first_difference, plain, read_json, to_json
 
@@ -83,6 +84,12 @@ class RunFolder:
                 f"{self.run_file} must be {RUN_FORMAT} version {RUN_VERSION}, "
                 f"got {run.get('format')} version {run.get('version')}."
             )
+        for name in ("config", "provenance"):
+            if not isinstance(run.get(name), dict):
+                raise CorruptFileError(
+                    f"{self.run_file}: expected an object as {name!r}, "
+                    f"got {type(run.get(name)).__name__}."
+                )
         return run
 
 
@@ -127,7 +134,7 @@ def claim(run: RunFolder, config: Mapping[str, Any], provenance: Mapping[str, st
         "config": config,
         "provenance": provenance,
     }
-    atomic_write_text(run.run_file, to_json(content) + "\n")
+    atomic_write_text(run.run_file, to_json(sealed(plain(content))) + "\n")
 
 
 def truncate_metrics(file: Path, step: int) -> None:

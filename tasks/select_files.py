@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from sae_core.disk import atomic_write_text, disk_errors, owner_tag, remove_stale, replaced_file
 from sae_core.download import sha256_file
 from sae_core.errors import UserError
+from sae_core.sealed import sealed
 
 from .common import first_difference, plain, read_json, to_json
 
@@ -125,7 +126,7 @@ def write_files(
             "summary": summary,
             "files": files,
         }
-        atomic_write_text(output.meta, to_json(meta) + "\n")
+        atomic_write_text(output.meta, to_json(sealed(plain(meta))) + "\n")
 
 
 def _write_lines(

@@ -150,7 +150,7 @@ def estimate(
         entries += found.acts.nnz
     seconds = time.monotonic() - start
     row_bytes = BYTES_AN_ENTRY * entries / n + BYTES_A_ROW
-    weights = [*encoder.lm.model.parameters(), *encoder.sae.parameters()]
+    weights = encoder.parameters()
     return {
         "n_rows": n_rows,
         "n_encoded": n_done,

@@ -111,7 +111,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         # Refuse a bad value before anything is loaded; where d_sae follows from the model's width,
         # any width that holds k will do here, and ``check`` comes again when the width is known.
-        d_in = max(1, int(self.sae.get("k", SAEConfig.k)))
+        k = self.sae.get("k", SAEConfig.k)
+        if not isinstance(k, int):
+            raise UserError(f"sae.k must be a whole number, got {k!r}.")
+        d_in = max(1, k)
         self.check(d_in, is_known=bool(self.sae.get("d_sae")))
         if self.harvest.max_tokens is not None:
             raise UserError(
@@ -182,7 +185,7 @@ class TrainSettings:
                 sae=identity["sae"],
                 train=take(TrainConfig, identity["train"]),
             )
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"Expected the settings of a run of this version, got others: {error}."
             ) from error

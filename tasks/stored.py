@@ -30,7 +30,8 @@ def stored_rows(run: "FinishedRun") -> "TextSource":
     from .settings import open_source
 
     settings = run.settings
-    stored = ShardedActivations.open(run.folder.activations / "train", run.hook_point)
+    folder = run.folder.activations / "train"
+    stored = ShardedActivations.open(folder, run.hook_point, verify=True)
     source = open_source(settings.text)
     data_id = run.folder.read()["provenance"]["data_id"]
     if source.id != data_id:

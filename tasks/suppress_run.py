@@ -119,6 +119,10 @@ def make_plan(
         chosen.seed,
         read=ReadConfig(judged.context_size),
     )
+    if not chosen.out and Path(chosen.concept).name != chosen.concept:
+        raise UserError(
+            f"Expected --out beside a concept that is no name of a folder, got {chosen.concept!r}."
+        )
     out = Path(chosen.out or finished_run.folder.path / f"suppress-{chosen.concept}")
     neutral, prompts = _lines(chosen.neutral), _lines(chosen.prompts)
     skipped = ("run", "out", "overwrite", "neutral", "prompts")  # the last two by their texts

@@ -178,17 +178,33 @@ def train_run(
         UserError: bad input, or the folder holds another run.
         Interrupted: SIGINT or SIGTERM came; the same call continues.
     """
-    from sae_core.step import dead_after_tokens
+    from sae_core.disk import only_writer
 
     from .settings import need_out
 
-    start = time.monotonic()
     run = check_free(need_out(settings.run.out), settings.identity())
     if run.is_finished:
         LOG.info("%s is finished: nothing to do.", run.path)
         return read_json(run.results_file) | {"out": str(run.path)}
     check_sink(settings.run.log)
+    start = time.monotonic()
     inputs = open_inputs(settings, accept_terms=accept_terms)
+    with only_writer(run.path):
+        return _trained(settings, inputs, run, stop, start, quiet=quiet)
+
+
+def _trained(
+    settings: "TrainSettings",
+    inputs: Inputs,
+    run: RunFolder,
+    stop: StopSignal,
+    start: float,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Harvest, train, evaluate, write the results; the caller holds the folder."""
+    from sae_core.step import dead_after_tokens
+
     seconds: dict[str, float] = {}
     is_new = not run.run_file.exists()
     claim(run, settings.identity(), provenance(settings, inputs))

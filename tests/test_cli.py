@@ -24,7 +24,7 @@ from tests.command import installed, refusal, run_json
 
 N_ROWS = 300
 # Quantities of results.json that say how long and where, not what.
-VARYING = ("seconds", "wall_seconds", "peak_memory_bytes", "out", "machine")
+VARYING = ("seconds", "wall_seconds", "peak_memory_bytes", "out", "machine", "seal")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from sae_core.errors import UserError
 from sae_core.extras import require
+from sae_core.untrusted import refuse_bomb
 
 CSV, PARQUET, JSON = (".csv", ".tsv", ".txt"), (".parquet", ".geoparquet"), (".geojson", ".json")
 SUFFIXES = CSV + PARQUET + JSON
@@ -98,7 +99,10 @@ def _read_csv(path: Path, text_columns: Sequence[str]) -> pa.Table:
 def _decoded(path: Path) -> str:
     raw = path.read_bytes()
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return raw.decode("utf-16")
+        try:
+            return raw.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise UserError(f"Expected {path} in UTF-16, got: {error.reason}.") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -113,17 +117,21 @@ def _read_parquet(path: Path, columns: dict[str, str]) -> tuple[pa.Table, str]:
     import pyarrow.parquet as pq
 
     try:
+        refuse_bomb(pq.read_metadata(path), path)
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        metadata = table.schema.metadata or {}
+        source = metadata.get(SOURCE_KEY, path.name.encode()).decode()
+        if GEO_KEY not in metadata:
+            return table, source
+        geometries = list(json.loads(metadata[GEO_KEY])["columns"])
+        has_degrees = all(name in table.column_names for name in columns.values())
+        frame = None if has_degrees else require("geopandas", "geo").read_parquet(path)
+    except UserError:
+        raise
+    except Exception as error:  # the readers' errors have no common class
         raise UserError(f"Expected a parquet file, got {path}: {_one_line(error)}") from error
-    metadata = table.schema.metadata or {}
-    source = metadata.get(SOURCE_KEY, path.name.encode()).decode()
-    has_degrees = all(name in table.column_names for name in columns.values())
-    if GEO_KEY not in metadata:
-        return table, source
-    if not has_degrees:
-        return _from_geopandas(require("geopandas", "geo").read_parquet(path), columns), source
-    geometries = json.loads(metadata[GEO_KEY])["columns"]
+    if frame is not None:
+        return _from_geopandas(frame, columns), source
     return table.drop_columns([c for c in table.column_names if c in geometries]), source
 
 

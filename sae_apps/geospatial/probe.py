@@ -17,13 +17,13 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_apps.geospatial.prompts import PlacePrompts, ProbeConfig, place_prompts
+from sae_core.encoder import SparseEncoder
 from sae_core.errors import UserError
 from sae_core.features import SparseFeatures
 from sae_core.metrics import check_width, evaluating
 from sae_core.models import LanguageModel
 from sae_core.pooling import RowPooler
 from sae_core.provenance import Provenance, package_versions
-from sae_core.sae import SAE
 from sae_core.tokenised import stream_kept
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _ENCODED_ROWS = 4096  # places encoded at once
 
 def probe(
     lm: LanguageModel,
-    sae: SAE,
+    sae: SparseEncoder,
     hook_point: str,
     places: "Places",
     config: ProbeConfig = CAREFUL,
@@ -59,7 +59,7 @@ def probe(
 
 def probe_saes(
     lm: LanguageModel,
-    saes: Mapping[str, tuple[SAE, str]],
+    saes: Mapping[str, tuple[SparseEncoder, str]],
     places: "Places",
     config: ProbeConfig = CAREFUL,
 ) -> dict[str, SparseFeatures]:
@@ -116,15 +116,15 @@ def row_table(places: "Places", prompts: PlacePrompts) -> pa.Table:
 
 
 def encode_units(
-    lm: LanguageModel, sae: SAE, hook_point: str, units: Float[np.ndarray, "n d_in"]
+    lm: LanguageModel, sae: SparseEncoder, hook_point: str, units: Float[np.ndarray, "n d_in"]
 ) -> sparse.csr_array:
     """Codes [n, d_sae] of activations that are pooled already; what is 0 is left out."""
     check_width(sae, units.shape[1], hook_point, lm.model_id)
-    weights, parts = sae.W_enc, []
+    parts = []
     for first in range(0, len(units), _ENCODED_ROWS):
         x = torch.from_numpy(units[first : first + _ENCODED_ROWS])
         with evaluating(sae):
-            codes = sae.encode_sparse(x.to(weights.device, weights.dtype))
+            codes = sae.encode_sparse(x.to(sae.device, sae.dtype))
         parts.append(codes.to_scipy().astype(np.float32))
     acts = sparse.csr_array(sparse.vstack(parts, format="csr"))
     acts.eliminate_zeros()
@@ -166,7 +166,7 @@ def pool_units(
 
 def _pooled_codes(
     lm: LanguageModel,
-    saes: Mapping[str, tuple[SAE, str]],
+    saes: Mapping[str, tuple[SparseEncoder, str]],
     points: list[str],
     prompts: PlacePrompts,
     config: ProbeConfig,
@@ -174,10 +174,10 @@ def _pooled_codes(
     poolers = {name: RowPooler(sae.d_sae, config.pooling) for name, (sae, _) in saes.items()}
     for batch in _stream(lm, points, prompts, config):
         for name, (sae, point) in saes.items():
-            one, weights = batch[point], sae.W_enc
+            one = batch[point]
             check_width(sae, one.d_in, point, lm.model_id)
             with evaluating(sae):
-                codes = sae.encode_sparse(one.x.to(weights.device, weights.dtype))
+                codes = sae.encode_sparse(one.x.to(sae.device, sae.dtype))
             poolers[name].update(codes, one.row_id, one.position)
     every = np.arange(len(prompts.rows))
     return {name: pooler.compute(every)[0] for name, pooler in poolers.items()}
@@ -192,7 +192,7 @@ def _stream(lm: LanguageModel, points: list[str], prompts: PlacePrompts, config:
 
 
 def _provenance(
-    lm: LanguageModel, sae: SAE, hook_point: str, places: "Places", config: ProbeConfig
+    lm: LanguageModel, sae: SparseEncoder, hook_point: str, places: "Places", config: ProbeConfig
 ) -> Provenance:
     return Provenance(
         model_id=lm.model_id,

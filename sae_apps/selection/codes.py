@@ -17,7 +17,7 @@ from scipy import sparse
 from sae_apps.selection.projection import METHODS as PROJECTIONS
 from sae_apps.selection.projection import POWER, Method, Projection, fit_projection
 from sae_apps.selection.sketch import WeightedMinHash
-from sae_core.errors import UserError
+from sae_core.errors import CorruptFileError, UserError
 from sae_core.extras import require
 from sae_core.features import shape_of
 
@@ -144,6 +144,10 @@ class Codes:
             part = slice(start, start + _SEARCH_BLOCK)
             values, found[part] = self.index.search(self.encode(queries[part]), n)
             near[part] = sign * values
+        if found.size and found.max() >= self.n_rows:  # compiled loops trust them
+            raise CorruptFileError(
+                f"Expected places below {self.n_rows} from the FAISS index, got {found.max()}."
+            )
         return found, near
 
     def save(self, folder: Path) -> None:
@@ -163,10 +167,25 @@ class Codes:
         faiss = require("faiss", "cpu")
         kept = load_file(folder / "encoder.safetensors")
         if config.method == "minhash":
-            index = faiss.read_index_binary(str(folder / "codes.faiss"))
+            index = _read_index(faiss, folder / "codes.faiss", faiss.read_index_binary)
             return cls(WeightedMinHash(d_sae, index.d, config.seed, float(kept["norm"][0])), index)
-        index = faiss.read_index(str(folder / "codes.faiss"))
-        return cls(Projection(kept["matrix"], config.power), index)
+        index, matrix = _read_index(faiss, folder / "codes.faiss", faiss.read_index), kept["matrix"]
+        if matrix.shape != (d_sae, index.d) or matrix.dtype != np.float32:
+            raise ValueError(f"a {matrix.dtype} projection of {matrix.shape} for {d_sae, index.d}")
+        return cls(Projection(matrix, config.power), index)
+
+
+def _read_index(faiss: Any, file: Path, read: Any) -> Any:
+    """The index in a file; no array of it may claim more bytes than the file has."""
+    name = "deserialization_vector_byte_limit"
+    if not hasattr(faiss, f"set_{name}"):  # before FAISS 1.14
+        return read(str(file))
+    before = getattr(faiss, f"get_{name}")()
+    getattr(faiss, f"set_{name}")(file.stat().st_size)
+    try:
+        return read(str(file))
+    finally:
+        getattr(faiss, f"set_{name}")(before)
 
 
 def _fit_encoder(sample: sparse.csr_array, config: IndexConfig) -> Projection | WeightedMinHash:

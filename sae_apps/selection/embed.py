@@ -98,7 +98,8 @@ def measure_fvu(encoder: Encoder, rows: Iterable[InstructionRow]) -> float | Non
     Raises:
         UserError: activations of another width, or that do not vary.
     """
-    if not isinstance(encoder.sae, SAE):
+    sae = encoder.sae
+    if not isinstance(sae, SAE):
         return None
     config = replace(encoder.config, span="all", special=False)
     encoder = replace(encoder, config=config)
@@ -108,7 +109,7 @@ def measure_fvu(encoder: Encoder, rows: Iterable[InstructionRow]) -> float | Non
         found += stream_tokens(encoder, tokens)
     if sum(len(batch) for batch in found) < 2:
         return None
-    return evaluate(encoder.sae, found).fvu
+    return evaluate(sae, found).fvu
 
 
 def check_fit(encoder: Encoder, rows: Iterable[InstructionRow]) -> float | None:

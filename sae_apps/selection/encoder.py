@@ -61,6 +61,11 @@ class Encoder:
     config: EmbedConfig = field(default_factory=EmbedConfig)
     """What is read and pooled."""
 
+    def parameters(self) -> list[torch.Tensor]:
+        """Weights of the model and of the SAE; a router is part of the model."""
+        own = self.sae.parameters() if isinstance(self.sae, torch.nn.Module) else ()
+        return [*self.lm.model.parameters(), *own]
+
     @property
     def context(self) -> int:
         """Tokens of a row that the model reads at most."""

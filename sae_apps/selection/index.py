@@ -7,7 +7,6 @@ saved, extended and queried.
 """
 
 import json
-from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from scipy import sparse
 
 from sae_apps.selection.cascade import Found, rerank
 from sae_apps.selection.codes import Codes, IndexConfig
+from sae_apps.selection.index_shards import Rows, ShardReader, distinct
 from sae_apps.selection.rerank import (
     Part,
     Recall,
@@ -29,10 +29,10 @@ from sae_apps.selection.rerank import (
 )
 from sae_apps.selection.sketch import check_rows
 from sae_core.errors import CorruptFileError, UserError
-from sae_core.features import SparseFeatures, shape_of
+from sae_core.features import shape_of
 from sae_core.store import atomic_folder, verify_folder
+from sae_core.untrusted import MAX_D_SAE, read_array, read_object, reading
 
-Rows = sparse.csr_array | Iterable[SparseFeatures | sparse.csr_array]
 FORMAT, VERSION = "sae-apps-index", 1
 _BLOCK_PAIRS = 16_000_000  # candidates of queries at once: 12 bytes each
 
@@ -98,7 +98,7 @@ class SparseIndex:
         config = config or IndexConfig()
         with ExitStack() as stack:
             temp = stack.enter_context(atomic_folder(folder)) if folder is not None else None
-            reader = _Reader(0)
+            reader = ShardReader(0)
             parts = [_kept(part, temp, number) for number, part in enumerate(reader.parts(rows))]
             if not n_rows_of(parts):
                 raise UserError("Expected at least one row to index, got none.")
@@ -111,7 +111,7 @@ class SparseIndex:
             for part in parts:
                 codes.add(part.matrix(d_sae))
                 part.forget()
-            row_ids = _distinct(np.concatenate(reader.row_ids))
+            row_ids = distinct(np.concatenate(reader.row_ids))
             index = cls(config, codes, parts, row_ids, d_sae, reader.sae_hash)
             if temp is not None:
                 index._write_head(temp)
@@ -123,11 +123,11 @@ class SparseIndex:
         Raises:
             UserError: another d_sae or SAE, no rows, or a row id that is there already.
         """
-        reader = _Reader(int(self.row_ids.max()) + 1, self.d_sae, self.sae_hash)
+        reader = ShardReader(int(self.row_ids.max()) + 1, self.d_sae, self.sae_hash)
         parts = list(reader.parts(rows))
         if not n_rows_of(parts):
             raise UserError("Expected at least one row to add, got none.")
-        row_ids = _distinct(np.concatenate([self.row_ids, *reader.row_ids]))
+        row_ids = distinct(np.concatenate([self.row_ids, *reader.row_ids]))
         for part in parts:
             self.codes.add(part.matrix(self.d_sae))
         self.parts = [*self.parts, *parts]
@@ -227,16 +227,28 @@ class SparseIndex:
         folder = Path(folder)
         if "index.json" not in verify_folder(folder)["files"]:
             raise CorruptFileError(f"{folder} holds no index: expected index.json in its manifest.")
-        head: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        head = read_object(folder / "index.json")
         if (head.get("format"), head.get("version")) != (FORMAT, VERSION):
             raise UserError(
                 f"Expected {FORMAT} version {VERSION}, got {head.get('format')} version "
                 f"{head.get('version')} at {folder}: build the index anew."
             )
+        with reading("an index", folder):
+            return cls._read(folder, head)
+
+    @classmethod
+    def _read(cls, folder: Path, head: dict[str, Any]) -> "SparseIndex":
         config, d_sae = IndexConfig(**head["config"]), int(head["d_sae"])
+        if not 0 < d_sae <= MAX_D_SAE:
+            raise ValueError(f"d_sae = {d_sae}")
         codes = Codes.load(folder, config, d_sae)
         parts = [Part.open(folder, number) for number in range(int(head["n_parts"]))]
-        row_ids = np.load(folder / "row_ids.npy")
+        for part in parts:  # compiled loops trust them
+            check_rows(part.matrix(d_sae), d_sae)
+            part.forget()
+        row_ids = read_array(folder / "row_ids.npy")
+        if row_ids.dtype != np.int64 or row_ids.ndim != 1:
+            raise TypeError(f"row ids as {row_ids.dtype} of shape {row_ids.shape}")
         if not codes.n_rows == n_rows_of(parts) == len(row_ids) == head["n_rows"]:
             raise CorruptFileError(
                 f"{folder}: expected {head['n_rows']} rows, got {codes.n_rows} codes, "
@@ -245,56 +257,9 @@ class SparseIndex:
         return cls(config, codes, parts, row_ids, d_sae, str(head["sae_hash"]))
 
 
-class _Reader:
-    """Shards as parts, with their ids noted and their widths and SAEs compared."""
-
-    def __init__(self, first_id: int, d_sae: int | None = None, sae_hash: str = "none") -> None:
-        self.d_sae, self.sae_hash = d_sae, sae_hash
-        self.next_id = first_id
-        self.row_ids: list[np.ndarray] = []
-
-    @property
-    def width(self) -> int:
-        assert self.d_sae is not None
-        return self.d_sae
-
-    def parts(self, rows: Rows) -> Iterator[Part]:
-        shards = [rows] if isinstance(rows, sparse.csr_array | SparseFeatures) else rows
-        for shard in shards:
-            acts = shard.acts if isinstance(shard, SparseFeatures) else shard
-            self.d_sae = self.d_sae or shape_of(acts)[1]
-            check_rows(acts, self.d_sae)
-            if isinstance(shard, SparseFeatures):
-                self._check_sae(shard)
-                self.row_ids.append(shard.row_ids)
-            else:
-                n = shape_of(acts)[0]
-                self.row_ids.append(np.arange(self.next_id, self.next_id + n, dtype=np.int64))
-                self.next_id += n
-            yield Part.of(acts)
-
-    def _check_sae(self, shard: SparseFeatures) -> None:
-        given = shard.provenance.sae_hash
-        if self.sae_hash == "none":
-            self.sae_hash = given
-        elif given not in ("none", self.sae_hash):
-            raise UserError(
-                f"Expected features of the SAE {self.sae_hash[:12]}, got some of {given[:12]}: "
-                "codes of two SAEs cannot be compared."
-            )
-
-
 def _kept(part: Part, folder: Path | None, number: int) -> Part:
     """The part itself, or written and mapped."""
     if folder is None:
         return part
     part.save(folder, number)
     return Part.open(folder, number)
-
-
-def _distinct(row_ids: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
-    values, counts = np.unique(row_ids, return_counts=True)
-    if (counts > 1).any():
-        double = values[counts.argmax()]
-        raise UserError(f"Expected every row_id once, got {double} {counts.max()} times.")
-    return row_ids

@@ -25,7 +25,9 @@ from sae_core.disk import atomic_write_text
 from sae_core.errors import CorruptFileError, UserError
 from sae_core.features import SparseFeatures
 from sae_core.provenance import Provenance
+from sae_core.sealed import sealed, unsealed
 from sae_core.store import load_features, recover_folder, save_features
+from sae_core.untrusted import read_object, read_table
 
 MANIFEST, FINISHED = "pool.json", "finished.json"
 ROWS = "rows.parquet"
@@ -151,7 +153,7 @@ def write_pool(
     pool = PoolFeatures(tuple(_shard(folder, i) for i in range(number + 1)), manifest)
     pool.rows()  # refuses one that stands in two shards
     finished = {"n_rows": n_rows, "n_shards": number + 1, "without_text": reader.n_textless}
-    atomic_write_text(folder / FINISHED, json.dumps(finished) + "\n")
+    atomic_write_text(folder / FINISHED, json.dumps(sealed(finished)) + "\n")
     return PoolFeatures(pool.shards, manifest | finished)
 
 
@@ -193,7 +195,9 @@ def open_pool(folder: str | Path) -> PoolFeatures:
             f"{FINISHED}: repeat the call that began it."
         )
     finished = _read_json(folder / FINISHED)
-    n_shards = int(finished["n_shards"])
+    n_shards = finished.get("n_shards")
+    if not isinstance(n_shards, int) or n_shards < 1:
+        raise CorruptFileError(f"{folder / FINISHED}: expected n_shards of 1, got {n_shards!r}.")
     shards = tuple(_shard(folder, number) for number in range(n_shards))
     for shard in shards:
         recover_folder(shard)
@@ -232,7 +236,7 @@ def _claim(
     if not first:
         raise UserError(f"Expected at least one row in the pool {rows.id}, got none.")
     manifest = wanted | {"fvu": check_fit(encoder, first)}
-    atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    atomic_write_text(folder / MANIFEST, json.dumps(sealed(manifest), indent=1) + "\n")
     return manifest
 
 
@@ -255,7 +259,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _row_table(shard: Path | SparseFeatures) -> pa.Table:
-    table = shard.rows if isinstance(shard, SparseFeatures) else pq.read_table(shard / ROWS)
+    table = shard.rows if isinstance(shard, SparseFeatures) else read_table(shard / ROWS)
     # features made elsewhere know the pooled tokens at most
     name = next((name for name in ("length", "n_tokens") if name in table.column_names), None)
     tokens = np.ones(table.num_rows) if name is None else table[name].to_numpy()
@@ -266,20 +270,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not is_pool(folder):
         found = "a folder without it" if folder.is_dir() else "nothing"
         raise UserError(f"Expected a pool with a {MANIFEST} at {folder}, got {found}.")
-    manifest = _read_json(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise UserError(
             f"{folder / MANIFEST} must be {FORMAT} version {VERSION}, "
             f"got {manifest.get('format')} version {manifest.get('version')}."
         )
-    return manifest
+    return unsealed(manifest, folder / MANIFEST)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CorruptFileError(f"{file}: expected a JSON object, got {error!r}.") from error
+    return unsealed(read_object(file), file)
 
 
 def _difference(held: dict[str, Any], wanted: dict[str, Any]) -> str | None:

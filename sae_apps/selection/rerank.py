@@ -18,6 +18,7 @@ from sae_apps.selection import kernels
 from sae_apps.selection.similarity import score
 from sae_core.extras import require
 from sae_core.features import shape_of
+from sae_core.untrusted import map_array
 
 _ARRAYS = ("indptr", "indices", "data")
 _TASK_QUERIES = 16
@@ -65,7 +66,7 @@ class Part(NamedTuple):
     def open(cls, folder: Path, number: int) -> "Part":
         """Mapped from the files of ``save``: read when used, and by as many processes as wish."""
         return cls(
-            *(np.load(folder / f"part-{number:05d}-{name}.npy", mmap_mode="r") for name in _ARRAYS)
+            *(map_array(folder / f"part-{number:05d}-{name}.npy") for name in _ARRAYS)
         )
 
 

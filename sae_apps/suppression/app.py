@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_apps.suppression.posterior import MODES
 from sae_apps.suppression.reader import LatentReader
 from sae_apps.suppression.units import KINDS, Units
-from sae_core.errors import CorruptFileError, UserError
+from sae_core.errors import UserError
 from sae_core.store import atomic_folder, verify_folder
+from sae_core.untrusted import read_object, reading
 
 GATES = ("unit", "joint")
 BEYOND = ("overshoot", "clip")
@@ -148,8 +148,8 @@ def load_app(folder: str | Path) -> App:
     """
     folder = Path(folder)
     verify_folder(folder)
-    try:
-        facts = json.loads((folder / "app.json").read_text("utf-8"))
+    with reading("an App", folder):
+        facts = read_object(folder / "app.json")
         tensors = load_file(folder / "app.safetensors")
         index = tensors.pop("index")
         parts = {name: tensors.pop(f"reader.{name}") for name in _READER if "reader" in facts}
@@ -157,9 +157,18 @@ def load_app(folder: str | Path) -> App:
         known = facts.pop("units")
         if known["kind"] not in KINDS or len(index) != len(tensors["weights"]):
             raise KeyError("units")
+        _check_index(index, known, reader)
         units = Units(**known, n_units=len(index), index=index, reader=reader)
         for name in ("concepts", "special_ids"):
             facts[name] = tuple(facts[name])
         return App(units=units, **tensors, **facts)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"{folder}: expected an App, got files with {error!r}.") from error
+
+
+def _check_index(index: Tensor, known: dict, reader: LatentReader | None) -> None:
+    """Numbers of units that lead out of a tensor would be read wherever they point."""
+    places = index if reader is None else reader.chosen
+    width = int(known["d_in"]) if reader is None else reader.encoder.shape[1]
+    if len(places) and not 0 <= int(places.min()) <= int(places.max()) < width:
+        raise ValueError(f"units {int(places.min())} to {int(places.max())} of {width}")
+    if not 0 < int(known["d_in"]) < 1 << 24:
+        raise ValueError(f"activations of width {known['d_in']}")

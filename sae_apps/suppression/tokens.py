@@ -19,6 +19,7 @@ from sae_core.errors import UserError
 from sae_core.kernels.codes import Codes, row_starts
 from sae_core.metrics import evaluate
 from sae_core.models import LanguageModel
+from sae_core.sae import SAE
 from sae_core.text import rows_from_texts
 
 _CHECKED = 256  # tokens on which the SAE must reconstruct better than the mean of the tokens
@@ -100,8 +101,9 @@ def read_values(
 
 
 def _check_fit(units: Units, x: torch.Tensor, model_id: str) -> None:
-    assert units.sae is not None
-    fvu = evaluate(units.sae, [x.to(units.sae.W_enc.device)]).fvu
+    if not isinstance(units.sae, SAE):
+        raise UserError("Expected an SAE, got experts of a Monet: they have nothing to write to.")
+    fvu = evaluate(units.sae, [x.to(units.sae.device)]).fvu
     if fvu > 1:
         raise UserError(
             f"Expected an SAE trained on {units.hook_point} of {model_id}, with an FVU below 1 on "
