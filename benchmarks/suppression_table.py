@@ -93,7 +93,9 @@ def separability(result: Result) -> str:
             "data": row["data"], "units": row["units"], "live": row["live"],
             "raw, live": f"{row['raw_live']:.3f}", "debiased, live": f"{row['debiased_live']:.3f}",
             "50 best": f"{row['debiased_top50']:.3f}", "best": f"{row['best']:.3f}",
-            "pass": f"{row['passing_frac']:.0%}", "texts a class": row["texts_per_class"],
+            "pass": f"{row['passing_frac']:.0%}",
+            "overlap (chance)": f"{row['overlap']:.2f} ({row['chance']:.2f})",
+            "texts a class": row["texts_per_class"],
         }
         for row in result["rows"]
     ])  # fmt: skip

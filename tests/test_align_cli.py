@@ -123,6 +123,13 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_braces_of_a_template_are_text(
+    data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(data, tmp_path / "out", "--template", "{name} met {}")
+    assert run_json(capsys, *argv)["n_items"] > 0
+
+
 def test_a_dry_run_writes_nothing(
     data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,17 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_concept_that_is_no_name_of_a_folder_needs_one(
+    data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text(Path(data["data"]).read_text().replace('"dog"', '"../dog"'))
+    argv = ["--run", data["run"], "--data", str(labelled), "--concept", "../dog", "--dry-run"]
+    assert main(argv) == 2
+    assert "no name of a folder, got '../dog'" in capsys.readouterr().err
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_dry_run_writes_nothing(data: dict[str, str], tmp_path: Path) -> None:
     assert main(arguments(data, tmp_path / "out", "--concept", "dog", "--dry-run")) == 0
     assert not (tmp_path / "out").exists()
