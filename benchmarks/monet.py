@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.common import Goal, write_result
 from benchmarks.monet_data import DOMAINS, Corpus, load_corpus
-from benchmarks.monet_train import KINDS, SIZES, Size, SquaredMLP, trained
+from benchmarks.monet_train import KINDS, SIZES, Size, SquaredMLP, load_dense, trained
 from sae_apps.experts import (
     assign_experts,
     matched_random,
@@ -51,30 +51,29 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="of the part speed")
     args = parser.parse_args()
-    started, rows = time.time(), []
     if args.part != "speed":
-        rows += train_rows(SIZES[args.size], args.device)
+        for kind in KINDS:  # each is written when it is there
+            started = time.time()
+            rows = train_rows(kind, SIZES[args.size], args.device)
+            write_result("monet", rows, goals, started, merge=True)
     if args.part != "train":
         torch.set_num_threads(1)
-        rows += speed_rows(args.device, args.rounds)
-    write_result("monet", rows, goals, started, merge=True)
+        started = time.time()
+        write_result("monet", speed_rows(args.device, args.rounds), goals, started, merge=True)
 
 
 # ---- 1. training and domains ----
 
 
-def train_rows(size: Size, device: str) -> list[dict[str, Any]]:
-    """Every model's losses, then the domains of the Monet models."""
-    corpus, rows = load_corpus(size.tokens), []
-    for kind in KINDS:
-        folder = trained(kind, size, device)
-        lm = load_model(str(folder), device=device)
-        facts = json.loads((folder / "training.json").read_text())
-        rows.append(loss_row(kind, lm, corpus, facts))
-        if kind != "dense":
-            rows[-1] |= use_of_halves(lm, corpus)
-            rows += domain_rows(kind, lm, corpus)
-    return rows
+def train_rows(kind: str, size: Size, device: str) -> list[dict[str, Any]]:
+    """A model's losses, and of a Monet model the domains."""
+    corpus, folder = load_corpus(size.tokens), trained(kind, size, device)
+    facts = json.loads((folder / "training.json").read_text())
+    if kind == "dense":
+        return [loss_row(kind, load_dense(folder, size, device), corpus, facts)]
+    lm = load_model(str(folder), device=device)
+    row = loss_row(kind, lm, corpus, facts) | use_of_halves(lm, corpus)
+    return [row, *domain_rows(kind, lm, corpus)]
 
 
 def loss_row(

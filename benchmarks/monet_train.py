@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.monet_data import cached, load_corpus, make_tokenizer, sequences
 from sae_core.download import cache_dir
+from sae_core.models import LanguageModel
 from sae_core.monet.model import MonetConfig, MonetForCausalLM
 
 # decomposition, and of what the uniformity is taken (published: gates)
@@ -94,6 +95,19 @@ def build(kind: str, size: Size) -> Any:
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
     return model
+
+
+def load_dense(folder: Path, size: Size, device: str) -> LanguageModel:
+    """The dense model of a folder: a Llama whose MLP is ours, which transformers does not know."""
+    from safetensors.torch import load_file
+    from transformers import PreTrainedTokenizerFast
+
+    model = build("dense", size)
+    found = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert found.missing_keys == ["lm_head.weight"] and not found.unexpected_keys, found  # tied
+    model.tie_weights()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return LanguageModel(model.to(device).eval(), tokenizer, folder.name, "unknown")
 
 
 def folder_of(kind: str, size: Size) -> Path:
