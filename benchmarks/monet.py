@@ -160,15 +160,21 @@ def domain_rows(kind: str, lm: LanguageModel, corpus: Corpus) -> list[dict[str, 
 # ---- 2. speed ----
 
 
-def speed_rows(device: str, rounds: int) -> list[dict[str, Any]]:
-    """Tokens a second of one layer forwards, and forwards and backwards; masked; memory."""
-    d, n, m, heads, topk, t = 2048, 512, 16, 8, 32, 512
+def speed_rows(
+    device: str, rounds: int, shape: tuple[int, ...] = (2048, 512, 16, 8, 32, 512)
+) -> list[dict[str, Any]]:
+    """Tokens a second of one layer forwards, and forwards and backwards; masked; memory.
+
+    Args:
+        shape: d, n, m, heads, topk and the number of tokens.
+    """
+    d, n, m, heads, topk, t = shape
     torch.manual_seed(0)
     x = torch.randn(t, d, device=device) * 0.5
     router = MonetRouter(d, heads, n, topk).to(device)
     for _ in range(40):
         router.track([*_moments(router, x)])
-    gates = router.eval()(x)
+    gates = tuple(g.detach() for g in router.eval()(x))
     layers: dict[str, nn.Module] = {
         "horizontal": HorizontalExperts(d, n, m).to(device),
         "vertical": VerticalExperts(d, n, m).to(device),

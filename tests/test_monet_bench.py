@@ -59,6 +59,15 @@ def test_goals_and_tables_of_monet() -> None:
     assert [g.met for g in monet.goals([{"what": "masked", "peak_gib": 5.0}])] == [False]
 
 
+def test_every_layer_is_timed_plain_and_masked() -> None:
+    rows = monet.speed_rows("cpu", 1, (16, 32, 4, 2, 4, 8))
+    plain = [row for row in rows if row["what"] == "speed"]
+    assert [row["kind"] for row in plain] == ["horizontal", "vertical", "dense"]
+    assert all(row["forward_tokens_s"] > row["step_tokens_s"] > 0 for row in plain)
+    assert len([row for row in rows if row["what"] == "masked"]) == 6
+    assert "deleted" in monet_table.monet_speed({"rows": rows})
+
+
 def test_matching_finds_the_planted_pairs_and_its_goals_can_fail() -> None:
     row = matched_row(300, 24)
     assert np.isclose(row["pw_mcc"], row["true"], atol=1e-6)
