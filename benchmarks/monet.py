@@ -35,7 +35,7 @@ from sae_apps.experts import (
 from sae_core.activations import HarvestConfig
 from sae_core.models import LanguageModel, load_model
 from sae_core.monet.experts import HorizontalExperts, VerticalExperts
-from sae_core.monet.masks import ExpertMask, masked_output, router_layers
+from sae_core.monet.masks import ExpertMask, masked_forward, router_layers
 from sae_core.monet.router import MonetRouter, ambiguity, mean_use, uniformity
 from sae_core.monet.routing import expert_routing
 
@@ -242,7 +242,7 @@ def _masked_row(
     experts, (g1, g2) = torch.from_numpy(removed), gates
 
     def masked() -> None:
-        masked_output(layer, x, g1, g2, layer(x, g1, g2), experts)
+        masked_forward(layer, experts, x, g1, g2)
 
     plain, seconds = _timed(lambda: layer(x, *gates), rounds), _timed(masked, rounds)
     return {

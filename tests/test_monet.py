@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_core.errors import UserError
 from sae_core.models import load_model
 from sae_core.monet.experts import HorizontalExperts, VerticalExperts
-from sae_core.monet.mixing import Factored, Kept, Pairs
+from sae_core.monet.mixing import Factored, Kept, Pairs, Without
 from sae_core.monet.router import (
     FLOOR,
     MonetRouter,
@@ -86,8 +86,10 @@ def test_a_masked_sum_leaves_out_exactly_the_deleted_experts(kind: str) -> None:
     want = brute_force(moe, x, (g1.mT @ g2) * keep)
     removed = torch.from_numpy(np.flatnonzero(~keep.numpy()))
     dense = moe.mixed(x, Kept.of((g1, g2), keep))
-    sparse = moe.mixed(x, Factored(g1, g2)) - moe.mixed(x, Pairs.of((g1, g2), removed))
-    for found in (dense, sparse):
+    pairs = Pairs.of((g1, g2), removed)
+    sparse = moe.mixed(x, Without(Factored(g1, g2), pairs))
+    apart = moe.mixed(x, Factored(g1, g2)) - moe.mixed(x, pairs)
+    for found in (dense, sparse, apart):
         assert (found - want).abs().max() < EXACT * want.abs().max()
     assert (moe(x, g1, g2) - want).abs().max() > 0.01  # control: the mask does something
 

@@ -152,9 +152,9 @@ def random_mask(seed: int, share: float, layers: tuple[int, ...] = (0, 2)) -> Ex
 def test_a_mask_acts_on_all_layers_of_its_router_and_ends(lm: LanguageModel) -> None:
     plain, seen = logits(lm), []
     with masked_experts(lm.model, random_mask(0, 0.5, (0,))):
-        hooks = [len(block.moe._forward_hooks) for block in lm.model.model.layers]
+        replaced = ["forward" in vars(block.moe) for block in lm.model.model.layers]
         seen.append(logits(lm))
-    assert hooks == [1, 1, 0, 0] and not torch.equal(seen[0], plain)
+    assert replaced == [True, True, False, False] and not torch.equal(seen[0], plain)
     assert torch.equal(logits(lm), plain)
     with pytest.raises(RuntimeError, match="stop"), masked_experts(lm.model, random_mask(0, 0.5)):
         raise RuntimeError("stop")
@@ -221,13 +221,16 @@ def test_what_does_not_fit_is_refused(lm: LanguageModel, tmp_path: Path, tiny_lm
         masked_experts(lm.model, ExpertMask(8, {1: np.array([1])})),
     ):
         pass
-    mask = random_mask(0, 0.5)
-    with (
-        masked_experts(lm.model, mask),
-        pytest.raises(UserError, match="join them"),
-        masked_experts(lm.model, mask),
-    ):
+    mask, moe = random_mask(0, 0.5), lm.model.model.layers[1].moe
+    with masked_experts(lm.model, mask):
+        with pytest.raises(UserError, match="join the two"), masked_experts(lm.model, mask):
+            pass
+        assert "forward" in vars(moe)  # the first mask is still on
+    moe.forward = moe.forward  # as accelerate wraps it
+    with pytest.raises(UserError, match="another library"), masked_experts(lm.model, mask):
         pass
+    del moe.forward
+    assert not any("forward" in vars(block.moe) for block in lm.model.model.layers)
     with pytest.raises(UserError, match="Expected a Monet model with routers"):
         router_layers(tiny_lm.model)
     with pytest.raises(UserError, match=r"one of \[0, 2\], got 1"):

@@ -9,6 +9,7 @@ experts are deleted, as the whole output less what those add.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from sae_core.disk import disk_errors, fsync, owner_tag, replaced_file
 from sae_core.errors import CorruptFileError, UserError
 from sae_core.hooks import decoder_blocks
 from sae_core.monet.experts import Experts
-from sae_core.monet.mixing import Kept, Pairs
+from sae_core.monet.mixing import Factored, Kept, Pairs, Without
 
 FORMAT = "sae-apps-expert-mask-1"
 _ENTRIES = 1 << 24  # weights in memory at once: 64 MiB
-_FEW = 24  # a pair costs so much more by gathering than one entry of the whole table
+_FEW = 16  # a pair costs so much more by gathering than one entry of the whole table (one thread)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,14 +136,15 @@ class ExpertMask:
 def masked_experts(model: nn.Module, mask: ExpertMask) -> Iterator[None]:
     """While the block runs, the experts of the mask are deleted from every forward pass.
 
-    Hooks are removed when the block ends, also by an error; no weight is touched.
+    The forward of the experts is another one meanwhile, also where the block ends by an error; no
+    weight is touched, and hooks on the layers run as before.
 
     Args:
         model: a ``MonetForCausalLM``.
         mask: the experts.
     Raises:
         UserError: a mask for another number of experts, or for a layer without router; a mask that
-            is on already (join the two: ``mask | other``).
+            is on already (join the two: ``mask | other``), or layers that another library wraps.
     """
     blocks: Any = decoder_blocks(model)[1]
     leaders = router_layers(model)
@@ -151,30 +153,27 @@ def masked_experts(model: nn.Module, mask: ExpertMask) -> Iterator[None]:
         raise UserError(f"Expected a mask over {n} x {n} experts, got {mask.n} x {mask.n}.")
     if unknown := sorted(set(mask.removed) - set(leaders)):
         raise UserError(f"Expected masks for the routers of layers {leaders}, got {unknown}.")
-    if any(isinstance(hook, _Masking) for block in blocks for hook in _hooks(block.moe)):
-        raise UserError("Expected a model without a mask, got one with: join them, mask | other.")
     with ExitStack() as stack:
         for place, block in enumerate(blocks):
             leader = max(layer for layer in leaders if layer <= place)
             experts = mask.removed.get(leader)
             if experts is not None and len(experts):
-                hook = _Masking(torch.from_numpy(experts))
-                stack.callback(block.moe.register_forward_hook(hook).remove)
+                stack.enter_context(_replaced(block.moe, torch.from_numpy(experts)))
         yield
 
 
-@dataclass(frozen=True, eq=False)
-class _Masking:
-    """The forward hook of one layer."""
-
-    removed: Int[Tensor, " e"]
-
-    def __call__(self, moe: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return masked_output(moe, args[0], args[1], args[2], output, self.removed)
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    return list(module._forward_hooks.values())
+@contextmanager
+def _replaced(moe: Any, removed: Int[Tensor, " e"]) -> Iterator[None]:
+    """The layer's forward is another one meanwhile: a hook would let it run in vain first."""
+    if "forward" in vars(moe):
+        is_ours = getattr(moe.forward, "func", None) is masked_forward
+        found = "one with (join the two: mask | other)" if is_ours else "one of another library"
+        raise UserError(f"Expected experts with a forward of their own and no mask, got {found}.")
+    moe.forward = partial(masked_forward, moe, removed)
+    try:
+        yield
+    finally:
+        del moe.forward
 
 
 def router_layers(model: nn.Module) -> list[int]:
@@ -190,14 +189,15 @@ def router_layers(model: nn.Module) -> list[int]:
     return found
 
 
-def masked_output(
-    moe: Experts, x: Tensor, g1: Tensor, g2: Tensor, output: Tensor, removed: Int[Tensor, "e"]
+def masked_forward(
+    moe: Experts, removed: Int[Tensor, " e"], x: Tensor, g1: Tensor, g2: Tensor
 ) -> Tensor:
-    """The layer's output without some experts; ``output`` is the one with all of them.
+    """The layer's output without some experts.
 
     Args:
-        moe: the layer; x, g1, g2: what it was called with, [*b, d] and [*b, heads, n].
+        moe: the layer.
         removed: numbers i * n + j of the deleted experts.
+        x, g1, g2: what the layer is called with, [*b, d] and [*b, heads, n].
     """
     removed = removed.to(x.device)
     flat = [value.flatten(0, x.ndim - 2) for value in (x, g1.to(x.dtype), g2.to(x.dtype))]
@@ -207,13 +207,10 @@ def masked_output(
     step = max(1, _ENTRIES // (len(removed) * 16 if is_few else moe.n**2))
     parts = []
     for start in range(0, len(flat[0]), step):
-        part, *gates = (value[start : start + step] for value in flat)
+        part, first, second = (value[start : start + step] for value in flat)
         if is_few:
-            by = Pairs.of((gates[0], gates[1]), removed)
+            by = Without(Factored(first, second), Pairs.of((first, second), removed))
         else:
-            by = Kept.of((gates[0], gates[1]), keep.view(moe.n, moe.n))
+            by = Kept.of((first, second), keep.view(moe.n, moe.n))
         parts.append(moe.mixed(part, by))
-    found = torch.cat(parts).view(x.shape)
-    return output - found if is_few else found
-
-
+    return torch.cat(parts).view(x.shape)

@@ -1,12 +1,12 @@
-"""Sums over pairs (i, j) of halves, weighted by A [n, n] a token, in three exact forms.
+"""Sums over pairs (i, j) of halves, weighted by A [n, n] a token, in exact forms.
 
     rows_i = sum_j A_ij        right(r)_i = sum_j A_ij r_j
     cols_j = sum_i A_ij        left(p)_j  = sum_i A_ij p_i
 
 The weight of expert (i, j) is A_ij = sum_h g_1[h, i] g_2[h, j], each row of the gates summing to 1
 (Monet, arXiv 2412.04139). ``Factored`` never forms A: two products with the gates. ``Kept`` is
-A times a 0/1 mask, n^2 numbers a token. ``Pairs`` is A at some pairs only, for masks that delete
-few experts: what they add is subtracted from the whole. No form scales the weights that are left.
+A times a 0/1 mask, n^2 numbers a token. ``Pairs`` is A at some pairs only, and ``Without`` the
+whole less some pairs, for masks that delete few experts. No form scales the weights that are left.
 """
 
 from typing import NamedTuple
@@ -110,4 +110,27 @@ class Pairs(NamedTuple):
         return torch.zeros_like(values).index_add(1, target, weighted)
 
 
-Mixing = Factored | Kept | Pairs
+class Without(NamedTuple):
+    """All experts but a few."""
+
+    whole: Factored
+    few: Pairs
+
+    def rows(self) -> Float[Tensor, "t n"]:
+        """Of the whole less those of the few."""
+        return self.whole.rows() - self.few.rows()
+
+    def cols(self) -> Float[Tensor, "t n"]:
+        """Of the whole less those of the few."""
+        return self.whole.cols() - self.few.cols()
+
+    def left(self, p: Halves) -> Halves:
+        """Of the whole less that of the few."""
+        return self.whole.left(p) - self.few.left(p)
+
+    def right(self, r: Halves) -> Halves:
+        """Of the whole less that of the few."""
+        return self.whole.right(r) - self.few.right(r)
+
+
+Mixing = Factored | Kept | Pairs | Without
