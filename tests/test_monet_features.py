@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_core.errors import CorruptFileError, UserError
@@ -241,4 +242,12 @@ def test_what_does_not_fit_is_refused(lm: LanguageModel, tmp_path: Path, tiny_lm
         ExpertMask.load(tmp_path / "none")
     (tmp_path / "bad").write_bytes(b"1234567890")
     with pytest.raises(CorruptFileError):
+        ExpertMask.load(tmp_path / "bad")
+    facts = {"format": "sae-apps-expert-mask-1", "n": "8", "note": ""}
+    for name, values in (("removed", [1]), ("layers.x.removed", [1]), ("layers.0.removed", [64])):
+        save_file({name: torch.tensor(values)}, tmp_path / "bad", facts)
+        with pytest.raises(CorruptFileError, match="expected a mask of experts"):
+            ExpertMask.load(tmp_path / "bad")
+    save_file({"x": torch.ones(1)}, tmp_path / "bad")
+    with pytest.raises(UserError, match="got no format"):
         ExpertMask.load(tmp_path / "bad")

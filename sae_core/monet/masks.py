@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
 from sae_core.disk import disk_errors, fsync, owner_tag, replaced_file
-from sae_core.errors import CorruptFileError, UserError
+from sae_core.errors import UserError
 from sae_core.hooks import decoder_blocks
 from sae_core.monet.experts import Experts
 from sae_core.monet.mixing import Factored, Kept, Pairs, Without
+from sae_core.untrusted import reading
 
 FORMAT = "sae-apps-expert-mask-1"
 _ENTRIES = 1 << 24  # weights in memory at once: 64 MiB
@@ -119,17 +120,15 @@ class ExpertMask:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"Expected a mask of experts at {path}, got nothing.")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(f"{path} is not a whole safetensors file: {error}") from error
+        with reading("a mask of experts", path), safe_open(path, framework="numpy") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if facts.get("format") != FORMAT or not facts.get("n", "").isdigit():
             found = facts.get("format") or "no format"
             raise UserError(f"Expected a mask of format {FORMAT} in {path}, got {found}.")
-        removed = {int(name.split(".")[1]): tensor for name, tensor in tensors.items()}
-        return cls(int(facts["n"]), removed, facts.get("note", ""))
+        with reading("a mask of experts", path):
+            removed = {int(name.split(".")[1]): tensor for name, tensor in tensors.items()}
+            return cls(int(facts["n"]), removed, facts.get("note", ""))
 
 
 @contextmanager
