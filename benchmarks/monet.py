@@ -40,6 +40,7 @@ from sae_core.monet.router import MonetRouter, ambiguity, mean_use, uniformity
 from sae_core.monet.routing import expert_routing
 
 GOAL_RATIO = 10.0
+COMPARED = ("vertical logits", "horizontal logits", "dense")
 DRAWS = 2
 
 
@@ -262,6 +263,10 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
             f"{row['name']}: own rise over the mean rise elsewhere", value, f">= {GOAL_RATIO:g}",
             value >= GOAL_RATIO, f"random experts as heavy: {row['random_ratio']:.2f}",
         ))  # fmt: skip
+    taken = [r["train_s"] / 60 for r in rows if r["what"] == "loss" and r["kind"] in COMPARED]
+    if len(taken) == len(COMPARED):
+        found.append(Goal("training of the three models that are compared, minutes", sum(taken),
+                          "<= 30", sum(taken) <= 30, "one thread; the machine may be busy"))  # fmt: skip
     masked = [row["peak_gib"] for row in rows if row["what"] == "masked"]
     if masked:
         found.append(Goal("512 x 512 experts, masked: peak memory, GiB", max(masked), "<= 4",
