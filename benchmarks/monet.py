@@ -265,8 +265,9 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
         ))  # fmt: skip
     taken = [r["train_s"] / 60 for r in rows if r["what"] == "loss" and r["kind"] in COMPARED]
     if len(taken) == len(COMPARED):
-        found.append(Goal("training of the three models that are compared, minutes", sum(taken),
-                          "<= 30", sum(taken) <= 30, "one thread; the machine may be busy"))  # fmt: skip
+        name = "training of the three models that are compared, minutes"
+        note = "one thread; the machine may be busy"
+        found.append(Goal(name, sum(taken), "<= 30", sum(taken) <= 30, note))
     masked = [row["peak_gib"] for row in rows if row["what"] == "masked"]
     if masked:
         found.append(Goal("512 x 512 experts, masked: peak memory, GiB", max(masked), "<= 4",

@@ -75,11 +75,11 @@ def main(argv: Sequence[str]) -> int:
     options = build_parser().parse(argv)
 
     def work(_stop: StopSignal) -> tuple[Any, str]:
-        from . import monet_run
+        from . import monet_plan, monet_run
         from .finished import carry_out
 
         chosen = take(MonetOptions, options)
-        plan = monet_run.make_plan(chosen)
+        plan = monet_plan.make_plan(chosen)
         return carry_out(
             monet_run, plan, dry_run=options.dry_run, overwrite=chosen.overwrite
         )
