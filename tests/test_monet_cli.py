@@ -60,6 +60,7 @@ def test_it_assigns_masks_and_measures(
     assert len(rows) == 2 * 3 * (1 + 3)  # domains, masks, random draws
     page = (out / "report.html").read_text()
     assert "Deleted experts" in page and "de/at" in page
+    assert f"<td>{summary['plain']['en']:.2f}</td>" in page  # four digits, not "44"
     # the folder is taken as it is, and refused where the settings differ
     again = run_json(capsys, *arguments(data, out, "--score", "harm", "--correlation", "0.3"))
     assert again == summary

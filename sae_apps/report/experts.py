@@ -21,7 +21,7 @@ def experts_section(
     html = render(
         "experts.html.j2",
         domains=list(plain),
-        plain=[number(value, 2) for value in plain.values()],
+        plain=[number(value, 4) for value in plain.values()],
         rows=[_row(one, list(plain)) for one in masks],
         facts=facts,
     )
@@ -29,7 +29,7 @@ def experts_section(
 
 
 def _row(mask: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
-    size, weight = f"{mask['n_experts']:,}", percent(mask["weight"], 1)
+    size, weight = f"{mask['n_experts']:,}", percent(mask["weight"], 2)
     row = {"mask": mask["mask"], "n": size, "weight": weight}
     if mask["rise"] is None:
         return row | {"cells": None}
@@ -39,5 +39,5 @@ def _row(mask: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
         for d in domains
     ]  # fmt: skip
     ratios = (mask["selectivity"], mask["random_selectivity"])
-    own, random = ("\u2013" if one is None else number(one, 1) for one in ratios)
+    own, random = ("\u2013" if one is None else number(one, 3) for one in ratios)
     return row | {"cells": cells, "ratio": own, "random_ratio": random}
