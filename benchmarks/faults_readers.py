@@ -111,7 +111,7 @@ def _shards(root: Path, folder: Path) -> Read:
     """As training reads them: the harvest is asked for again, which finishes it where it can."""
     from dataclasses import replace
 
-    from sae_apps.tasks.train import open_inputs
+    from sae_apps.tasks.inputs import open_inputs
     from sae_core.shards import harvest_shards
 
     settings = _settings(root)

@@ -160,8 +160,10 @@ def estimate_training(settings: "TrainSettings", *, accept_terms: bool = False) 
     from sae_core.text import split_rows
     from sae_core.tokens import count_tokens
 
+    from .inputs import with_split_of
     from .train import training_config
 
+    settings = with_split_of(settings)
     if settings.run.out:
         check_free(Path(settings.run.out), settings.identity())
     lm, source, notes = open_cached(settings.model, settings.text, accept_terms)
@@ -170,7 +172,7 @@ def estimate_training(settings: "TrainSettings", *, accept_terms: bool = False) 
         report["hook_point"] = settings.hook_point(lm)
         resolve_hook_point(lm.model, report["hook_point"])
     if lm and source:
-        rows = split_rows(source, settings.text.held_out_frac, settings.run.seed)[0]
+        rows = split_rows(source, settings.text.held_out_frac, settings.split_seed)[0]
         asked = settings.max_tokens
         available = count_tokens(lm.tokenizer, rows, settings.harvest, asked)
         if asked and available < asked:
@@ -232,7 +234,9 @@ def disk_bytes(settings: "TrainSettings", report: dict[str, Any]) -> dict[str, i
     tokens = report["stored_tokens"] + token_count(settings.run.eval_tokens)
     weights = sae_bytes(settings, report["d_in"])
     parts = {
-        "activations": tokens * (report["d_in"] * itemsize + BYTES_A_TOKEN),
+        "activations": 0
+        if settings.run.activations
+        else tokens * (report["d_in"] * itemsize + BYTES_A_TOKEN),
         "checkpoints": CHECKPOINTS * 3 * weights,
         "sae": weights,
     }
@@ -269,7 +273,7 @@ def seconds(
     # The loss needs whole forward passes, with and without the SAE: all layers, four times.
     depth = lm.n_layers / (int(match[1]) + 1) if lm and match else 1.0
     parts: dict[str, float] = {
-        "harvest": (report["stored_tokens"] + n_eval) / rate,
+        "harvest": 0.0 if settings.run.activations else (report["stored_tokens"] + n_eval) / rate,
         "train": report["steps"] * report["step_seconds"],
         "evaluate": token_count(settings.run.loss_tokens) * (4 * depth + 1) / rate
         + n_eval / settings.train.batch_size * report["step_seconds"],

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sae_core.shards import ShardedActivations
     from sae_core.state import TrainState
 
+    from .inputs import Inputs
     from .settings import TrainSettings
-    from .train import Inputs
 
 EVAL_BATCH = 2048  # tokens
 LOSSES = 4  # as it is, with the SAE, with zeros, with the mean

@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         "--accept_terms", action="store_true", help="Consent to the terms of a model that has some."
     )
     parser.add_options(FeaturizeOptions)
-    parser.add_options(TextOptions, "text", skip={"held_out_frac"})
+    parser.add_options(TextOptions, "text", skip={"held_out_frac", "split_seed"})
     options = parser.parse(argv)
     chosen, text = take(FeaturizeOptions, options), take(TextOptions, options.text)
 

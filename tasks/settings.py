@@ -49,6 +49,8 @@ class TextOptions:
     """Split of a Hugging Face dataset."""
     held_out_frac: float = 0.05
     """Share of the rows kept for evaluation, chosen by a hash of the row's number."""
+    split_seed: int | None = None
+    """Of that choice (null: the run's seed, or that of the run behind --activations)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out_frac < 1:
@@ -64,6 +66,9 @@ class RunOptions:
 
     out: str | None = None
     """Folder of the run; the same command resumes what is in it."""
+    activations: str | None = None
+    """Folder of a finished run on the same model, text and hook point, whose stored activations are
+    used: another seed, kind or width without another harvest."""
     hook: str | None = None
     """Hook point, e.g. layers.15.out or layers.3.mlp.in (null: output of the middle layer)."""
     tokens: int | str = "1M"
@@ -122,6 +127,11 @@ class TrainSettings:
             )
 
     @property
+    def split_seed(self) -> int:
+        """Seed of the held-out rows."""
+        return self.run.seed if self.text.split_seed is None else self.text.split_seed
+
+    @property
     def max_tokens(self) -> int | None:
         """Training tokens to read; None: all."""
         return None if self.run.tokens == "all" else token_count(self.run.tokens)
@@ -156,11 +166,13 @@ class TrainSettings:
         """The settings that decide the result: a folder holds runs of one identity only."""
         config = asdict(self)
         run = config.pop("run")
-        for name in ("out", "log", "checkpoint_every"):
+        for name in ("out", "log", "checkpoint_every", "activations"):
             del run[name]
         for name in ("tokens", "eval_tokens", "loss_tokens"):
             run[name] = run[name] if run[name] == "all" else token_count(run[name])
         del config["harvest"]["max_tokens"]
+        if config["text"].pop("split_seed") not in (None, run["seed"]):
+            config["text"]["split_seed"] = self.text.split_seed
         for name in ("steps", "seed"):
             del config["train"][name]
         return run | config

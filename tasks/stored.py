@@ -36,7 +36,7 @@ def stored_rows(run: "FinishedRun") -> "TextSource":
     data_id = run.folder.read()["provenance"]["data_id"]
     if source.id != data_id:
         raise UserError(f"Expected the text {data_id} of the run, got {source.id}.")
-    rows, _ = split_rows(source, settings.text.held_out_frac, settings.run.seed)
+    rows, _ = split_rows(source, settings.text.held_out_frac, settings.split_seed)
     if settings.max_tokens is None:
         return rows
     # Rows are stored in the order of the text, whose numbers rise; only the last can be cut.

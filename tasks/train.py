@@ -8,25 +8,24 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from sae_core.errors import UserError
 from sae_core.provenance import package_versions
 
-from .common import PROG, StopSignal, plain, read_json, run_command, token_count
+from .common import PROG, StopSignal, plain, read_json, run_command
 from .evaluation import as_text, evaluate_run, finish, machine, peak_memory
+from .inputs import Inputs, harvest, open_inputs, provenance, with_split_of
 from .parsing import CommandParser, take
 from .progress import Progress
 from .runs import RunFolder, check_free, claim, truncate_metrics
 from .sinks import check_sink, open_sink
 
 if TYPE_CHECKING:
-    from sae_core.models import LanguageModel
     from sae_core.sae import SAE
     from sae_core.shards import ShardedActivations
     from sae_core.state import TrainConfig, TrainState
-    from sae_core.text import TextSource
 
     from .settings import TrainSettings
 
@@ -128,43 +127,6 @@ def parse(argv: Sequence[str]) -> tuple["TrainSettings", Any]:
     return settings, options
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads, opened and checked."""
-
-    lm: "LanguageModel"
-    hook_point: str
-    train_rows: "TextSource"
-    held_out_rows: "TextSource"
-    data_id: str
-
-
-def open_inputs(settings: "TrainSettings", *, accept_terms: bool = False) -> Inputs:
-    """Open the text and the model, and find the hook point; writes nothing into the run.
-
-    Raises:
-        UserError: any of them does not exist or cannot be used.
-    """
-    from sae_core.hooks import resolve_hook_point
-    from sae_core.text import split_rows
-
-    from .settings import open_model, open_source
-
-    source = open_source(settings.text)
-    rows, held_out = split_rows(source, settings.text.held_out_frac, settings.run.seed)
-    for part, name in ((rows, "training"), (held_out, "held-out")):
-        if next(iter(part), None) is None:
-            raise UserError(
-                f"Expected {name} rows in {source.id}, got none at text.held_out_frac "
-                f"{settings.text.held_out_frac}."
-            )
-    lm = open_model(settings.model, accept_terms=accept_terms)
-    hook_point = settings.hook_point(lm)
-    resolve_hook_point(lm.model, hook_point)
-    settings.check(d_in=lm.d_model)
-    return Inputs(lm, hook_point, rows, held_out, source.id)
-
-
 def train_run(
     settings: "TrainSettings",
     stop: StopSignal,
@@ -182,6 +144,7 @@ def train_run(
 
     from .settings import need_out
 
+    settings = with_split_of(settings)
     run = check_free(need_out(settings.run.out), settings.identity())
     if run.is_finished:
         LOG.info("%s is finished: nothing to do.", run.path)
@@ -242,47 +205,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     seconds[name] = time.monotonic() - start
-
-
-def provenance(settings: "TrainSettings", inputs: Inputs) -> dict[str, str]:
-    """What the run reads; a run is continued only on the same."""
-    return {
-        "model_id": inputs.lm.model_id,
-        "model_revision": inputs.lm.revision,
-        "hook_point": inputs.hook_point,
-        "data_id": inputs.data_id,
-        "seed": str(settings.run.seed),
-    }
-
-
-def harvest(
-    settings: "TrainSettings", inputs: Inputs, run: RunFolder, *, quiet: bool
-) -> tuple["ShardedActivations", "ShardedActivations"]:
-    """Activations of the training and the held-out tokens on disk."""
-    from sae_core.shards import harvest_shards
-    from sae_core.tokens import count_tokens
-
-    wanted = token_count(settings.run.eval_tokens)
-    n_held_out = count_tokens(inputs.lm.tokenizer, inputs.held_out_rows, settings.harvest, wanted)
-    parts = (
-        ("train", inputs.train_rows, settings.max_tokens),
-        ("held_out", inputs.held_out_rows, n_held_out),
-    )
-    stored = []
-    for name, rows, max_tokens in parts:
-        with Progress(f"harvest {name}", max_tokens, "tokens", enabled=not quiet) as shown:
-            folders = harvest_shards(
-                inputs.lm,
-                rows,
-                [inputs.hook_point],
-                run.activations / name,
-                replace(settings.harvest, max_tokens=max_tokens),
-                dtype=settings.store_dtype(),
-                shard_tokens=settings.shard_tokens(),
-                progress=shown.update_to,
-            )
-        stored.append(folders[inputs.hook_point])
-    return stored[0], stored[1]
 
 
 def training_config(settings: "TrainSettings", n_tokens: int) -> "TrainConfig":

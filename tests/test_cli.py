@@ -792,3 +792,57 @@ def test_the_demo_keeps_the_precision_of_its_run(tmp_path: Path) -> None:
         made = demo(str(run.path), precision=precision)
         claim(run, json.loads(to_json(made.identity())), {"model_id": "m"})
         assert demo_settings(str(run.path)).identity() == made.identity()
+
+
+# ---- activations of another run ----
+
+
+def test_a_run_on_the_activations_of_another_is_the_run_that_harvests(
+    arguments: list[str], finished: Path, tmp_path: Path
+) -> None:
+    used, own = tmp_path / "used", tmp_path / "own"
+    before = files(finished)
+    other = ["--seed", "3", "--activations", str(finished)]
+    assert main(["train", *arguments, *other, "--out", str(used)]) == 0
+    assert files(finished) == before and not (used / "activations").exists()
+    split = ["--seed", "3", "--text.split_seed", "0"]
+    assert main(["train", *arguments, *split, "--out", str(own)]) == 0
+    assert_same_run(used, own)
+    assert weights(used) != weights(finished)
+    assert (used / "run.json").read_bytes() == (own / "run.json").read_bytes()
+    assert main(["identify", str(finished), str(used), "--dry-run", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--tokens", "9k"], "max_tokens"),
+        (["--text.split_seed", "1"], "data_id"),
+        (["--hook", "layers.1.out"], "hook_points"),
+    ],
+)
+def test_activations_of_another_harvest_are_refused(
+    arguments: list[str],
+    finished: Path,
+    tmp_path: Path,
+    changed: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["train", *arguments, *changed, "--activations", str(finished)]
+    assert said in refusal(capsys, *argv, "--out", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_activations_need_a_finished_run(
+    arguments: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", *arguments, "--out", str(tmp_path / "x"), "--activations"]
+    assert "got no folder" in refusal(capsys, *argv, str(tmp_path / "nothing"))
+    bare = shutil.copytree(finished, tmp_path / "bare")
+    shutil.rmtree(bare / "activations")
+    assert "without the folder activations" in refusal(capsys, *argv, str(bare))
+    changed = shutil.copytree(finished, tmp_path / "changed")
+    shard = next((changed / "activations" / "train").glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert str(shard) in refusal(capsys, *argv, str(changed))
