@@ -62,7 +62,7 @@ def write_result(
         frame = places_table(plan.places, features, result)
         Places(frame, plan.places.source).save(folder / "places.parquet")
         write_maps(folder / "maps", plan, result)
-        write_page(folder / "report.html", plan, features, result, summary)
+        write_page(folder / "report.html", plan, summary)
         _write_summary(folder / SUMMARY, plan.identity, summary)
 
 

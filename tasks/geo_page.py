@@ -10,47 +10,46 @@ from .common import read_json
 from .geo_text import NULLS, SURVIVES, facts_text, statuses_text
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from sae_apps.report import Geography, MapFeature
-    from sae_core.features import SparseFeatures
 
     from .geo_plan import Plan
-    from .geo_run import Result
 
 AROUND = 0.9  # of the places' extent: outlines beyond the window, for dragging the map
 GEONAMES_CREDIT = "Places: GeoNames, CC BY 4.0"
 OUTLINES_CREDIT = "Outlines: Natural Earth and US Census Bureau, public domain"
 
 
-def write_page(
-    path: Path,
-    plan: "Plan",
-    features: "SparseFeatures",
-    result: "Result",
-    summary: Mapping[str, Any],
-) -> None:
-    """The report: the geography section, and the overview of the run."""
+def write_page(path: Path, plan: "Plan", summary: Mapping[str, Any]) -> None:
+    """The report: the geography section, and the overview of the run.
+
+    Args:
+        path: in the folder of the result, whose other files are read.
+    """
     from sae_apps.report import build_page, geography_section, overview_section, write_report
 
     results = read_json(plan.run.folder.results_file)
     sections = [
-        geography_section(geography(plan, features, result, summary)),
+        geography_section(geography(path.parent, plan, summary)),
         overview_section(results),
     ]
-    origin = features.provenance
+    origin = summary["provenance"]
     subtitle = (
-        f"{features.d_sae:,} latents on {origin.hook_point} of {origin.model_id}, "
+        f"{plan.run.sae.d_sae:,} latents on {origin['hook_point']} of {origin['model_id']}, "
         f"read at {plan.places.n:,} places"
     )
     write_report(path, build_page("Which latents know where places are", subtitle, sections))
 
 
-def geography(
-    plan: "Plan", features: "SparseFeatures", result: "Result", summary: Mapping[str, Any]
-) -> "Geography":
-    """What the section shows."""
+def geography(folder: Path, plan: "Plan", summary: Mapping[str, Any]) -> "Geography":
+    """What the section shows, from the files of a result."""
+    import pyarrow.parquet as pq
+
     from sae_apps.geospatial.outlines import fit_bounds, land, outlines
     from sae_apps.report import Geography, MapPlaces, Passing
 
+    lisa = pq.read_table(folder / "lisa.parquet") if summary["leading"] else None
     places = plan.places
     bounds = fit_bounds(places.lon, places.lat, AROUND)
     is_world = bounds[2] - bounds[0] > 180
@@ -61,9 +60,7 @@ def geography(
         places=MapPlaces(
             places.name, places.lon, places.lat, [None if v is None else str(v) for v in label]
         ),
-        features=[
-            _feature(j, one, plan, features, result) for j, one in enumerate(summary["leading"])
-        ],
+        features=[] if lisa is None else [_feature(one, lisa, plan) for one in summary["leading"]],
         outlines=outlines(bounds),
         land=land(bounds),
         passing=[
@@ -81,15 +78,13 @@ def geography(
     )
 
 
-def _feature(
-    j: int, one: Mapping[str, Any], plan: "Plan", features: "SparseFeatures", result: "Result"
-) -> "MapFeature":
+def _feature(one: Mapping[str, Any], lisa: "pa.Table", plan: "Plan") -> "MapFeature":
     from sae_apps.report import MapFeature
     from sae_apps.report.formats import percent
 
-    assert result.local is not None
-    local = result.local.feature(j)
-    significant = local.p_adjusted < local.how["alpha"]
+    mine = lisa.filter(np.asarray(lisa["feature"]) == one["feature"])
+    local = {name: mine[name].to_numpy() for name in ("value", "lag", "q", "p_adjusted")}
+    significant = local["p_adjusted"] < plan.asked.test.local_alpha
     sign = "p" if plan.asked.test.p_adjust == "none" else "q"
     notes = [one["verdict"]]
     freq = plan.run.extra.get("freq")
@@ -97,11 +92,11 @@ def _feature(
         notes.append(f"fires on {percent(float(freq[one['feature']]), 2)} of ordinary tokens")
     return MapFeature(
         title=f"latent {one['feature']}",
-        values=local.values,
+        values=local["value"],
         moran_i=one["I"],
         p={f"{sign}, {name}": value for name, value in one["nulls"].items()},
-        lag=local.lag,
-        lisa=np.where(significant, local.q, 0),
+        lag=local["lag"],
+        lisa=np.where(significant, local["q"], 0),
         note="; ".join(notes),
     )
 

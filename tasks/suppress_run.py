@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 FORMAT, VERSION = "sae-apps-suppress", 1
 LEVELS = (0.6, 0.8)
+MEASURED = ("n_test", "n_neutral", "context_size", "n_draws")  # of a curve's circumstances
 
 
 @dataclass(frozen=True)
@@ -204,48 +205,53 @@ def _rivals(plan: Plan, units: Any, train: "Labelled", n_units: int) -> dict[str
 
 def run(plan: Plan) -> dict[str, Any]:
     """Fit, measure and write the folder; returns the summary."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     fit = _fit(plan)
     summary: dict[str, Any] = {
         "concept": plan.concept, "units": fit.app.units.n_units, "kind": plan.chosen.units,
         "dropped": fit.dropped, "train": plan.train.counts, "test": plan.test.counts,
         "hook_point": fit.app.hook_point, "out": str(plan.out),
     }  # fmt: skip
-    curves: list[Curve] = []
     with atomic_folder(plan.out, overwrite=plan.chosen.overwrite) as folder:
         save_app(folder / "app", fit.app)
         if plan.judged.evaluate:
-            curves = _curves(plan, fit.app)
-            tables = [curve.table() for curve in curves]
-            pq.write_table(
-                pa.concat_tables(tables, promote_options="default"), folder / "curves.parquet"
-            )
-            levels = [matched(curve, at).record() for curve in curves for at in LEVELS]
-            names = list(dict.fromkeys(name for row in levels for name in row))
-            columns = {name: [row.get(name) for row in levels] for name in names}
-            pq.write_table(pa.table(columns), folder / "matched.parquet")
-            summary["matched"] = levels
-        texts: list[dict[str, str]] = []
+            summary |= _write_curves(folder, _curves(plan, fit.app))
         if plan.prompts:
-            made = continue_prompts(
-                plan.lm, fit.app, plan.prompts,
-                strength=plan.chosen.strength, new_tokens=plan.judged.new_tokens,
-            )  # fmt: skip
-            texts = [asdict(one) for one in made]
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
-            (folder / "generations.jsonl").write_text(lines, encoding="utf-8")
-            changed = sum(row["plain"] != row["suppressed"] for row in texts)
-            summary["generations"] = {"prompts": len(texts), "changed": changed}
-        if (curves or texts) and find_spec("jinja2") is not None:
+            summary["generations"] = _write_generations(folder, plan, fit.app)
+        if (plan.judged.evaluate or plan.prompts) and find_spec("jinja2") is not None:
             from .suppress_page import write_page
 
-            write_page(folder / "report.html", plan, fit.app, curves, summary, texts)
+            write_page(folder / "report.html", plan, plain(summary))
         content = {"format": FORMAT, "version": VERSION, "identity": plan.identity}
         text = to_json(content | {"summary": summary}) + "\n"
         (folder / SUMMARY).write_text(text, encoding="utf-8")
     return plain(summary)
+
+
+def _write_curves(folder: Path, curves: list[Curve]) -> dict[str, Any]:
+    """Both tables; what the summary says of them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = [curve.table() for curve in curves]
+    pq.write_table(pa.concat_tables(tables, promote_options="default"), folder / "curves.parquet")
+    levels = [matched(curve, at).record() for curve in curves for at in LEVELS]
+    names = list(dict.fromkeys(name for row in levels for name in row))
+    columns = {name: [row.get(name) for row in levels] for name in names}
+    pq.write_table(pa.table(columns), folder / "matched.parquet")
+    how = {name: curves[0].how[name] for name in MEASURED}
+    return {"matched": levels, "measured": how}
+
+
+def _write_generations(folder: Path, plan: Plan, app: Any) -> dict[str, int]:
+    """Every prompt continued twice; how many continuations differ."""
+    made = continue_prompts(
+        plan.lm, app, plan.prompts,
+        strength=plan.chosen.strength, new_tokens=plan.judged.new_tokens,
+    )  # fmt: skip
+    lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in made)
+    (folder / "generations.jsonl").write_text(lines, encoding="utf-8")
+    changed = sum(one.plain != one.suppressed for one in made)
+    return {"prompts": len(made), "changed": changed}
 
 
 def as_text(summary: Mapping[str, Any]) -> str:

