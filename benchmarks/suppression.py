@@ -274,7 +274,9 @@ class Bench:
         if cell.method != TOLD:
             for at in LEVELS:
                 found[f"{at:.0%}"] = least_strength(reader, edit, trial, at, reached)
-        strengths = sorted({0.0} | {one for one in found.values() if one is not None})
+        # a method that reaches no level has its plain values measured beside strength 1
+        reached_at = {one for one in found.values() if one is not None} or {1.0}
+        strengths = sorted({0.0} | reached_at)
         config = EvaluationConfig(tuple(strengths), HOOK, self.size.n_draws, cell.seed)
         curve = evaluate(self.lm, edit, trial, config, method=cell.method, reader=reader)
         if cell.method == TOLD:  # it has one strength: a level is reached by it or is not
