@@ -283,6 +283,15 @@ def test_at_strength_zero_every_rival_leaves_the_activations_as_they_are() -> No
             assert not torch.equal(edit.apply(x_in), x_in), name
 
 
+def test_random_units_are_left_out_where_too_few_are_active() -> None:
+    x, label = planted()
+    sample = TokenSample(HOOK, x, label)
+    assert "random" in fit_rivals(residual(6), sample, n_units=3)
+    assert "random" not in fit_rivals(residual(6), sample, n_units=4)
+    with pytest.raises(UserError, match="between 1 and 2 random units, got 4"):
+        fit_rivals(residual(6), sample, n_units=4, names=["random"])
+
+
 def test_every_rival_erases_a_planted_concept_and_chance_does_not() -> None:
     x, label = planted(1000)
     x[:, 2:] += 4.0  # constant directions, which an edit in place of the concept would lose

@@ -132,7 +132,8 @@ def fit_rivals(
     ``aura`` damps all units; ``direction``, ``direction_rest`` (which keeps what the rest has of
     it) and ``leace`` act within the units of the largest d', or for residual dimensions on all of
     them; ``random`` is the control of ``mask_d``. ``leace`` is absent where the package
-    ``concept-erasure`` is, unless it is asked for by name.
+    ``concept-erasure`` is, and ``random`` where fewer than n_units other units are ever active,
+    unless asked for by name.
 
     Args:
         units: all units of a place.
@@ -169,8 +170,11 @@ def fit_rivals(
     if unknown:
         raise UserError(f"Expected names out of {', '.join(every)}, got {min(unknown)!r}.")
     if names is None:
-        has_leace = find_spec("concept_erasure") is not None
-        names = [name for name in every if name != "leace" or has_leace]
+        has = {
+            "leace": find_spec("concept_erasure") is not None,
+            "random": int(live.sum()) >= n_units,
+        }
+        names = [name for name in every if has.get(name, True)]
     return {name: every[name]() for name in names}
 
 
