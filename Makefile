@@ -57,9 +57,10 @@ bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks
 figures: $(STAMP) ## draw results/figures from benchmarks/results
 	$(BIN)/python -m benchmarks.figures
 
-tables: $(STAMP) ## write the tables of README and docs, and docs/api.md
+tables: $(STAMP) ## write the tables of README and docs, docs/api.md and docs/dependencies.md
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.api_reference
+	$(BIN)/python -m benchmarks.dependencies
 
 clean: ## remove caches and build products; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

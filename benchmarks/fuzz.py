@@ -1,6 +1,6 @@
 """Fuzz: hostile files for every reader, hostile values for every option of every command.
 
-    python -m benchmarks.fuzz [--inputs 10000] [--only NAME ...] [--seed 0]
+    python -m benchmarks.fuzz [--inputs 10000 | --each 10000] [--only NAME ...] [--seed 0]
 
 Each input is a changed copy of a good example (bits, tokens, JSON nodes, headers that claim 2^60
 elements, paths that climb, values no computation gives). Checksums and seals are made to fit, as a
@@ -32,6 +32,7 @@ from benchmarks.fuzz_corpus import reseal
 from benchmarks.fuzz_guard import Watch, judged, limit_memory
 from benchmarks.fuzz_mutate import mutator
 from benchmarks.fuzz_options import option_inputs, option_names
+from benchmarks.fuzz_pickle import mutate_state
 from benchmarks.fuzz_readers import Reader, make_readers
 
 LOG = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def main() -> None:
     """Run everything, write results/fuzz.json."""
     parser = argparse.ArgumentParser(description="Hostile files and options.")
     parser.add_argument("--inputs", type=int, default=10_000, help="in all")
+    parser.add_argument("--each", type=int, help="for every reader and command (default: a share)")
     parser.add_argument("--only", nargs="*", help="readers or commands (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -58,14 +60,20 @@ def main() -> None:
     preload()
     try:
         prepare(root)
-        rows = fuzz_rows(root, options.inputs, options.seed, options.only)
+        rows = fuzz_rows(root, options.inputs, options.seed, options.only, options.each)
         write_result("fuzz", rows, goals, started, merge=bool(options.only))
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def fuzz_rows(root: Path, n: int, seed: int, only: list[str] | None) -> list[dict[str, Any]]:
-    """A row for each reader, and one for the options of each command."""
+def fuzz_rows(
+    root: Path, n: int, seed: int, only: list[str] | None, each: int | None = None
+) -> list[dict[str, Any]]:
+    """A row for each reader, and one for the options of each command.
+
+    Args:
+        n: inputs in all, by the readers' weights; each: of every one instead.
+    """
     readers, commands = make_readers(root), option_names()
     total = sum(one.weight for one in readers)
     jobs: dict[str, tuple[int, Callable[[int, Path], Iterator[Input]]]] = {
@@ -79,11 +87,14 @@ def fuzz_rows(root: Path, n: int, seed: int, only: list[str] | None) -> list[dic
     for number, (name, (n_inputs, make)) in enumerate(jobs.items()):
         if only and name not in only and name.removeprefix("sae-apps ") not in only:
             continue
+        began = time.perf_counter()
+        n_inputs = each or n_inputs
         counts = run_inputs(root, name, n_inputs, partial(make, seed * 1000 + number))
         inputs = sum(counts.values())
         rows.append(
             {"name": f"fuzz {name}", "inputs": inputs, "accepted": counts.get("accepted", 0),
              "refused": counts.get("refused", 0)} | {what: counts.get(what, 0) for what in BAD}
+            | {"seconds": round(time.perf_counter() - began, 1)}
         )  # fmt: skip
         LOG.info("%s", rows[-1])
     return rows
@@ -100,7 +111,8 @@ def file_inputs(reader: Reader, seed: int, work: Path) -> Iterator[Input]:
         name = names[int(rng.integers(len(names)) if number else 0)]
         content = (reader.good / name).read_bytes()
         if number:  # the first input is the example itself
-            content = mutator(name)(content, rng)
+            change = mutate_state if name.endswith(".pt") else mutator(name)
+            content = change(content, rng)
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(reader.good, work)
         (work / name).write_bytes(content)

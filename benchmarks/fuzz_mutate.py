@@ -3,11 +3,15 @@
 import json
 import struct
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
 
 Rng = np.random.Generator
+# Bytes of an element of each type of safetensors.
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+         "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 HUGE = 1 << 60
 # Values that a reader must survive wherever JSON, YAML or a header may hold one.
 VALUES: tuple[Any, ...] = (
@@ -144,7 +148,7 @@ def mutate_lines(content: bytes, rng: Rng) -> bytes:
 
 def mutate_safetensors(content: bytes, rng: Rng) -> bytes:
     """A changed header (shapes, offsets, types, names), its length, or changed bytes."""
-    what = int(rng.integers(4))
+    what = int(rng.integers(5))
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     if what == 0:
@@ -159,8 +163,23 @@ def mutate_safetensors(content: bytes, rng: Rng) -> bytes:
             bits = pick(rng, (0x7FC00000, 0x7F800000, 0xFF800000, 0xBF800000, 0xFFFFFFFF, 0))
             found[place : place + 4] = struct.pack("<I", bits)[: len(found) - place]
         return content[: 8 + length] + bytes(found)
-    text = dumps(mutate_json(header, rng))
+    text = dumps(_other_types(header, rng) if what == 3 else mutate_json(header, rng))
     return struct.pack("<Q", len(text)) + text + data
+
+
+def _other_types(header: dict[str, Any], rng: Rng) -> dict[str, Any]:
+    """The same bytes under other types; the last axis becomes as long as they need."""
+    found = json.loads(json.dumps(header))
+    for name in (name for name in found if name != "__metadata__"):
+        if rng.random() < 0.5:
+            continue
+        entry, (start, stop) = found[name], found[name]["data_offsets"]
+        dtype, size = pick(rng, tuple(SIZES.items()))
+        *rows, _ = entry["shape"] or [1]
+        last, rest = divmod(stop - start, size * max(1, prod(rows)))
+        if not rest:
+            found[name] = entry | {"dtype": dtype, "shape": [*rows, last]}
+    return found
 
 
 def mutate_npy(content: bytes, rng: Rng) -> bytes:

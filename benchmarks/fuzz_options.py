@@ -1,6 +1,7 @@
 """Hostile values for every option of every command, as a user or a script might pass them."""
 
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 
 from benchmarks.faults_process import is_clear
 from benchmarks.faults_setup import commands
+from benchmarks.fuzz_monet import monet_arguments
 from benchmarks.fuzz_mutate import TOKENS, VALUES, pick
 
 # Values that look right and are not, beside those of `fuzz_mutate`.
@@ -24,8 +26,10 @@ WORDS = (
 )  # fmt: skip
 FREE = {"--help", "-h", "--print_config", "--config", "--json", "--verbose", "--quiet"}
 QUICK = {"doctor", "demo"}
-# What makes a command stop before its long part.
 BASE = ("train", "featurize", "select", "geo", "separability", "suppress", "align")
+# Commands of a second or less, which often run to their end.
+WHOLE = ("convert", "monet")
+OUT = "out"  # where they write, in the folder of the child
 
 
 def option_names() -> list[str]:
@@ -51,7 +55,11 @@ def base_arguments(root: Path, name: str) -> list[str]:
     """A good command line that only estimates."""
     if name in BASE:
         argv = list(commands(root)[name].argv)
-        argv = [arg.replace(str(root / "out"), "out") for arg in argv]
+        argv = [arg.replace(str(root / "out"), OUT) for arg in argv]
+    elif name == "convert":
+        argv = [name, str(root / "run"), "--to", "sae_lens", "--out", OUT]
+    elif name == "monet":
+        argv = monet_arguments(root / "good" / "monet", OUT)
     else:
         argv = [name, *["--run"] * (name != "identify"), str(root / "run")]
     return [*argv, "--dry-run"]
@@ -60,24 +68,29 @@ def base_arguments(root: Path, name: str) -> list[str]:
 def option_inputs(
     root: Path, name: str, seed: int, work: Path
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Command lines with one to three hostile options, without end."""
+    """Command lines with one to three hostile options, without end; the first is the good one."""
     work.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     flags, base = flags_of(name), base_arguments(root, name)
-    if name in (*BASE, "inspect", "identify"):  # of others no good command line is known here
-        yield "nothing", partial(run_command, base)
+    yield "nothing", partial(run_command, base)
     while True:
-        argv = list(base)
+        argv, is_elsewhere = list(base), False
         for _ in range(int(rng.integers(1, 4))):
             flag, value = pick(rng, flags), _value(rng)
             if flag in ("--dry-run", "--dry_run"):
                 continue
+            is_elsewhere |= flag == "--out"
             argv += [f"{flag}={value}"] if rng.random() < 0.5 else [flag, value]
             if rng.random() < 0.05:
                 argv.append(value)
         if rng.random() < 0.03:
             argv[0] = pick(rng, WORDS)
-        yield repr(argv[len(base) :])[:300], partial(run_command, argv)
+        told = repr(argv[len(base) :])[:300]
+        if name in WHOLE and not is_elsewhere and rng.random() < 0.5:
+            argv.remove("--dry-run")
+            shutil.rmtree(work.parent / OUT, ignore_errors=True)
+            told = f"whole: {told}"
+        yield told, partial(run_command, argv)
 
 
 def _value(rng: np.random.Generator) -> str:

@@ -4,12 +4,16 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults_process import finish, start
 from benchmarks.faults_readers import targets
 from benchmarks.faults_setup import DATA
 from benchmarks.fuzz_corpus import places_files, text_files, without_seal
+from benchmarks.fuzz_foreign import FOREIGN
+from benchmarks.fuzz_monet import make_monet, read_mask, read_monet, read_result
 
 TEXTS = ("a.jsonl", "a.jsonl.gz", "a.json", "a.txt", "a.csv", "a.tsv", "a.parquet")
 
@@ -82,7 +86,28 @@ def make_readers(root: Path) -> list[Reader]:
         Reader("config", good / "config", _config, weight=8),
         Reader("gguf", good / "gguf", _gguf, weight=2),
         Reader("model", good / "model", _model, weight=2),
+        *foreign_readers(good, root / "log"),
     ]
+
+
+def foreign_readers(good: Path, log: Path) -> list[Reader]:
+    """Readers of what other SAE libraries wrote, and of Monet; their examples go below ``good``."""
+
+    def make() -> None:
+        for name, write, *_ in FOREIGN:
+            write(good / name)
+        make_monet(good / "monet")
+
+    if finish(start(make, log)):  # in a child: this process has computed nothing yet
+        raise RuntimeError(log.read_text())
+    monet = good / "monet"
+    return [
+        *(Reader(name, good / name, read, weight=weight) for name, _, read, weight in FOREIGN),
+        Reader("monet", monet / "model", read_monet, weight=4),
+        Reader("masks", monet / "masks", partial(read_mask, monet), weight=4),
+        Reader("experts", monet / "out", partial(read_result, monet),
+               (".json", ".parquet", ".safetensors"), weight=4),
+    ]  # fmt: skip
 
 
 def _each(folder: Path, act: Callable[[Path], Any]) -> None:

@@ -172,6 +172,8 @@ def _from_pretrained(source: str, dtype: torch.dtype, is_local: bool) -> tuple[A
 
 def _ensure_pad_token(tokenizer: Any, name: str) -> None:
     """Padding is masked everywhere, so any token of the vocabulary may stand for it."""
+    if not isinstance(length := tokenizer.model_max_length, int | float):
+        raise UserError(f"Expected model_max_length of {name} as a number, got {length!r:.80}.")
     if tokenizer.pad_token is None:
         stand_in = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
         if stand_in is None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sae_core.errors import CorruptFileError, UserError
+from sae_core.errors import CorruptFileError, UserError, reason
 
 from .common import PROG, StopSignal, run_command
 from .parsing import CommandParser, take
@@ -102,27 +102,32 @@ def read_activations(file: Path, d_in: int | None) -> "Tensor":
     Raises:
         UserError: no such file, not one matrix of finite numbers, or of another width.
     """
-    import numpy as np
     import torch
     from safetensors.torch import load_file
+
+    from sae_core.untrusted import read_array
 
     if not file.is_file() or file.suffix not in (".npy", ".safetensors"):
         found = "nothing" if not file.exists() else file.name
         raise UserError(f"Expected a .npy or .safetensors file at {file}, got {found}.")
     try:
         if file.suffix == ".npy":
-            found = [torch.from_numpy(np.load(file, allow_pickle=False))]
+            found = [torch.from_numpy(read_array(file))]
         else:
             found = list(load_file(file).values())
-    except Exception as error:  # safetensors and numpy share no base class of theirs
-        raise CorruptFileError(f"{file} cannot be read: {error}.") from error
+    except Exception as error:  # safetensors and torch share no base class of theirs
+        raise CorruptFileError(f"{file} cannot be read: {reason(error)}.") from error
     shapes = [list(tensor.shape) for tensor in found]
     if len(found) != 1 or found[0].ndim != 2 or d_in not in (None, shapes[0][1]):
         width = "d_in" if d_in is None else f"d_in={d_in}"
         raise UserError(f"Expected one matrix [n, {width}] in {file}, got shapes {shapes}.")
-    if not (found[0].shape[0] and torch.isfinite(found[0]).all()):
-        raise UserError(f"Expected finite activations of at least one token in {file}.")
-    return found[0].float()
+    x = None if found[0].is_complex() else found[0].float()
+    if x is None or not (x.shape[0] and torch.isfinite(x).all()):
+        raise UserError(
+            f"Expected finite real activations of at least one token in {file}, got "
+            f"{found[0].dtype} of shape {shapes[0]}."
+        )
+    return x
 
 
 def stored_activations(run: RunFolder, facts: dict[str, Any]) -> "Tensor | None":

@@ -6,8 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sae_core.errors import UserError
+from sae_core.errors import CorruptFileError, UserError
 from sae_core.store import MANIFEST, recover_folder, verify_folder
+from sae_core.untrusted import reading
 
 from .common import first_difference, read_json
 
@@ -35,6 +36,8 @@ def finished_folder(
     found = read_json(out / SUMMARY)
     if (found.get("format"), found.get("version")) != (form, version):
         raise UserError(f"{out} is there already, from another program: {advice}.")
+    if lacking := [key for key in ("identity", "summary") if not isinstance(found.get(key), dict)]:
+        raise CorruptFileError(f"{out / SUMMARY}: expected an object under {lacking[0]}, got none.")
     if difference := first_difference(found["identity"], identity):
         raise UserError(f"{out} holds another result: {difference}; {advice}.")
     verify_folder(out)
@@ -55,7 +58,9 @@ def carry_out(
         report = steps.estimate(plan)
         return report, steps.estimate_text(report)
     if not overwrite and (found := steps.finished(plan)):
+        with reading("a summary of this command", plan.out / SUMMARY):
+            text = steps.as_text(found)
         LOG.info("%s holds this result already: nothing to do.", plan.out)
-        return found, steps.as_text(found)
+        return found, text
     summary = steps.run(plan, **options)
     return summary, steps.as_text(summary)

@@ -11,6 +11,14 @@ from .parsing import CommandParser, take
 
 EXAMPLE = f"{PROG} monet --model MonetLLM/monet-vd-850M-100BT-hf --data docs.jsonl --out runs/monet"
 
+# Least and most: beyond the second is no experiment but a slip, which would run for weeks.
+BOUNDS = (
+    ("random_draws", 1, 1000),
+    ("permutations", 0, 1_000_000),
+    ("n_boot", 1, 1_000_000),
+    ("seed", 0, (1 << 32) - 1),
+)
+
 
 @dataclass(frozen=True)
 class MonetOptions:
@@ -54,8 +62,12 @@ class MonetOptions:
     def __post_init__(self) -> None:
         if not 0 < self.eval_frac < 1:
             raise UserError(f"Expected --eval-frac between 0 and 1, got {self.eval_frac}.")
-        if self.random_draws < 1:
-            raise UserError(f"Expected --random-draws of at least 1, got {self.random_draws}.")
+        for name, least, most in BOUNDS:
+            flag, value = name.replace("_", "-"), getattr(self, name)
+            if value < least:
+                raise UserError(f"Expected --{flag} of at least {least}, got {value}.")
+            if value > most:
+                raise UserError(f"Expected --{flag} of at most {most:,}, got {value:,}.")
 
 
 def build_parser() -> CommandParser:

@@ -107,6 +107,17 @@ def test_a_tokenizer_without_padding_gets_it_in_memory_alone(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("length", ["1024", [1024]])
+def test_a_tokenizer_whose_length_is_no_number(
+    stories260k: Path, tmp_path: Path, length: object
+) -> None:
+    folder = shutil.copytree(stories260k, tmp_path / "m")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
+    with pytest.raises(UserError, match="model_max_length of .* as a number, got"):
+        load_model(str(folder))
+
+
 def edit_config(folder: Path, **values: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))

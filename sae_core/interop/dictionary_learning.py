@@ -1,8 +1,7 @@
 """Read the dictionaries of dictionary_learning (0.1.0: dictionary.py and trainers/*.py).
 
-A folder `trainer_<i>/` holds config.json and ae.pt, a pickled state dict. A pickle can run any
-program when it is loaded; here only tensors are unpickled (torch.load with weights_only=True), and
-a file that asks for more is refused unread. With u = x - b_dec:
+A folder `trainer_<i>/` holds config.json and ae.pt, a pickled state dict of which only tensors are
+read (`pickled`). With u = x - b_dec:
 
     AutoEncoder                  relu(u W_enc + b_enc)
     AutoEncoderNew               relu(x W_enc + b_enc)
@@ -12,9 +11,6 @@ a file that asks for more is refused unread. With u = x - b_dec:
     GatedAutoEncoder             relu(e^r_mag (u W_enc) + mag_bias) where u W_enc + gate_bias > 0
 """
 
-import pickle
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_core.errors import CorruptFileError, UserError
+from sae_core.errors import UserError
 from sae_core.interop.build import Parts, build_sae
 from sae_core.interop.checks import check_conversion
 from sae_core.interop.files import Shapes, check_tensors, dtype_note, need, need_files, read_object
 from sae_core.interop.gated import jump_parts
+from sae_core.interop.pickled import load_state
 from sae_core.interop.result import Converted, Original
 from sae_core.sae import SAE
 
@@ -67,29 +64,6 @@ def read_dictionary_learning(
     check_conversion(dictionary_original(name, t, k), sae, x)
     notes = dtype_note(tensors, "dictionary_learning") + _notes(name, t, trainer)
     return Converted(sae, notes, _facts(trainer))
-
-
-def load_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled state dict; nothing in the file is executed.
-
-    Raises:
-        UserError: the pickle needs more than tensors, or is not a state dict.
-        CorruptFileError: not a whole file of torch.save.
-    """
-    try:
-        with warnings.catch_warnings():  # of another pickle protocol: only its content matters
-            warnings.simplefilter("ignore", UserWarning)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"Expected {file} to hold tensors alone, got a pickle that asks for more; it was not "
-            "loaded, since that can run any program."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CorruptFileError(f"{file} is not a whole file of torch.save: {error}.") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"Expected a dictionary of tensors in {file}, got {type(state).__name__}.")
-    return {str(name): tensor for name, tensor in state.items()}
 
 
 def right_multiplied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +128,8 @@ def _shapes(name: str, d_in: int, d_sae: int, found: dict[str, Tensor]) -> Shape
             bias = {"encoder.bias": (d_sae,), "b_dec": (d_in,)}
             return linear | bias | k | {"threshold": ()}
         case "MatryoshkaBatchTopKSAE":
-            groups = tuple(found["group_sizes"].shape) if "group_sizes" in found else (1,)
+            sizes = found.get("group_sizes")
+            groups = (1,) if sizes is None else (min(sizes.numel(), d_sae),)
             return right | k | {"threshold": (), "group_sizes": groups}
         case "JumpReluAutoEncoder":
             return right | {"threshold": (d_sae,)}
@@ -224,6 +199,6 @@ def _facts(trainer: dict[str, Any]) -> dict[str, Any]:
     layer, place = trainer.get("layer"), str(trainer.get("submodule_name"))
     sides = {"resid_post": "out", "resid_pre": "in", "mlp_out": "mlp.out", "attn_out": "attn.out"}
     for mark, side in sides.items():
-        if isinstance(layer, int) and mark in place:
+        if type(layer) is int and layer >= 0 and mark in place:
             facts["hook_point"] = f"layers.{layer}.{side}"
     return facts

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_core.errors import CorruptFileError, UserError
+from sae_core.errors import CorruptFileError, UserError, reason
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -39,8 +38,8 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{file} is not valid JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{file} is not valid JSON: {reason(error)}.") from error
     if not isinstance(value, dict):
         raise CorruptFileError(f"{file} must hold a JSON object, got {type(value).__name__}.")
     return value
@@ -54,8 +53,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(file)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CorruptFileError(f"{file} is not a whole safetensors file: {error}.") from error
+    except Exception as error:  # safetensors and torch share no base class of theirs
+        raise CorruptFileError(
+            f"{file} is not a whole safetensors file: {reason(error)}."
+        ) from error
 
 
 def need(config: Mapping[str, Any], key: str, kind: type, file: Path) -> Any:
@@ -71,7 +72,7 @@ def need(config: Mapping[str, Any], key: str, kind: type, file: Path) -> Any:
 
 
 def check_tensors(file: Path, found: Mapping[str, Tensor], shapes: Shapes) -> None:
-    """Refuse other names or shapes than expected, and values that are not finite numbers.
+    """Refuse other names or shapes than expected, and values that are not finite real numbers.
 
     Raises:
         UserError: says what was expected and what came.
@@ -83,6 +84,8 @@ def check_tensors(file: Path, found: Mapping[str, Tensor], shapes: Shapes) -> No
             raise UserError(
                 f"{name} in {file} must have shape {list(shape)}, got {list(found[name].shape)}."
             )
+        if found[name].is_complex():
+            raise UserError(f"{name} in {file} must hold real numbers, got {found[name].dtype}.")
         n_bad = int((~torch.isfinite(found[name].double())).sum())
         if n_bad:
             raise UserError(

@@ -11,6 +11,7 @@ from sae_core.interop.files import Shapes, need, read_object
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 SCALER = "activation_scaler.json"
+NAMES = ("model_name", "hook_name", "sae_apps_hook_point")
 BATCH = ("batchtopk", "matryoshka_batchtopk")
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", *BATCH)
 NONE, PER_TOKEN, AVERAGE = "none", "constant_norm_rescale", "expected_average_only_in"
@@ -65,10 +66,8 @@ def read_lens_config(folder: Path) -> LensConfig:
     """
     file = folder / CONFIG
     raw = read_object(file)
-    metadata = raw.get("metadata") or {k: raw[k] for k in ("model_name", "hook_name") if k in raw}
     architecture = _architecture(raw, file)
-    kwargs = raw.get("activation_fn_kwargs") or {}
-    k = raw.get("k", kwargs.get("k", 0))
+    k = raw.get("k", _part(raw, "activation_fn_kwargs", file).get("k", 0))
     has_k = architecture == "topk" or architecture in BATCH
     d_sae = need(raw, "d_sae", int, file)
     if has_k and not (isinstance(k, int | float) and 1 <= k <= d_sae):
@@ -87,8 +86,22 @@ def read_lens_config(folder: Path) -> LensConfig:
         is_hook_z=reshape == "hook_z",
         k=float(k) if has_k else 0.0,
         is_rescaled=has_k and bool(raw.get("rescale_acts_by_decoder_norm", architecture in BATCH)),
-        metadata=dict(metadata),
+        metadata=_metadata(raw, file),
     )
+
+
+def _part(raw: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
+    """The object under a key; an empty one where it is absent or null."""
+    return need({key: raw.get(key) or {}}, key, dict, file)
+
+
+def _metadata(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The free dictionary; before version 6 its entries stood in the configuration itself."""
+    metadata = _part(raw, "metadata", file) or {k: raw[k] for k in NAMES if k in raw}
+    for key in NAMES:
+        if metadata.get(key) is not None:
+            need(metadata, key, str, file)
+    return metadata
 
 
 def _architecture(raw: dict[str, Any], file: Path) -> str:
@@ -133,13 +146,14 @@ def without_old_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: scaling_factor is not 1.
     """
-    if "log_threshold" in tensors and "threshold" not in tensors:
-        tensors = tensors | {"threshold": tensors["log_threshold"].exp()}
+    logarithm = tensors.get("log_threshold")
+    if logarithm is not None and not logarithm.is_complex() and "threshold" not in tensors:
+        tensors = tensors | {"threshold": logarithm.double().exp().float()}
         del tensors["log_threshold"]
     scaling = tensors.get("scaling_factor")
     if scaling is None:
         return tensors
-    if not bool((scaling == 1).all()):
+    if scaling.is_complex() or not bool((scaling.double() == 1).all()):
         raise UserError(
             "Expected a scaling_factor of 1, got another: SAELens 6 does not apply the finetuning "
             "scale any more, so its meaning is not certain."

@@ -6,6 +6,7 @@ mentions no such step. Exact either way it is computed (``mixing``): over all pa
 experts are deleted, as the whole output less what those add.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -127,8 +128,20 @@ class ExpertMask:
             found = facts.get("format") or "no format"
             raise UserError(f"Expected a mask of format {FORMAT} in {path}, got {found}.")
         with reading("a mask of experts", path):
-            removed = {int(name.split(".")[1]): tensor for name, tensor in tensors.items()}
+            removed = {_layer(name, tensor): tensor for name, tensor in tensors.items()}
             return cls(int(facts["n"]), removed, facts.get("note", ""))
+
+
+def _layer(name: str, experts: np.ndarray) -> int:
+    """The layer in a tensor's name; int64 only, since torch reads bytes as a mask, not as numbers.
+
+    Raises:
+        ValueError: another name or type than ``ExpertMask.save`` writes.
+    """
+    found = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,5})\.removed", name)
+    if found is None or experts.dtype != np.int64:
+        raise ValueError(f"{experts.dtype} under {name!r:.80}")
+    return int(found[1])
 
 
 @contextmanager
