@@ -18,7 +18,7 @@ def suppression(result: Result, at: str = "80%") -> str:
         if not same:
             return ""
         if len(there) < len(same):
-            return f"reached at {len(there)} of {len(same)} seeds"
+            return "not reached" if not there else f"reached at {len(there)} of {len(same)} seeds"
         rise, kl = (sum(row[name] for row in same) / len(same) for name in
                     ("perplexity_increase", "kl"))  # fmt: skip
         return f"{rise:+.2f} ({kl:.4f})"
@@ -32,8 +32,13 @@ def suppression(result: Result, at: str = "80%") -> str:
         seeds = len({row["seed"] for row in rows if row["concept"] == concept})
         return f"{concept}, {seeds} seeds"
 
+    def name(method: tuple[str, str]) -> str:
+        mine = [row for row in rows if (row["method"], row["units"]) == method]
+        is_once = len({row["seed"] for row in mine}) == 1
+        return f"{method[0]}, {method[1]}{' (1 seed)' if is_once else ''}"
+
     return table([
-        {"method": f"{method[0]}, {method[1]}"}
+        {"method": name(method)}
         | {
             title(concept): cell([r for r in rows if r["concept"] == concept
                                   and (r["method"], r["units"]) == method])
