@@ -10,8 +10,8 @@ findings   the same with every control at the spots of the study: GBA and TopK l
            the ten best latents of each area with their places and what they do on ordinary text
 published  the label in the prompt and the BOS in the mean, as in arXiv 2505.03368, on its planar
            weights: how many pass, and how many of them vanish within labels
-probe      ridge from latents and from raw units to coordinates, spatially blocked; for raw units
-           random folds too, to show what they leak
+probe      ridge from latents and from raw units to coordinates, spatially blocked, in every area,
+           and within the countries of the world (geography_probe)
 
 Prompts and layers were compared on the four areas; ``--part findings --areas FR DE`` looks at two
 that took no part in that choice. Vectors are kept in the cache folder. SAEs were trained on
@@ -46,8 +46,8 @@ from benchmarks.geography_data import (
     shuffled,
     units_of,
 )
+from benchmarks.geography_probe import probe_rows
 from sae_apps.geospatial.controls import token_features
-from sae_apps.geospatial.coordinates import probe_coordinates
 from sae_apps.geospatial.places import Places
 from sae_apps.geospatial.prompts import ProbeConfig
 from sae_apps.geospatial.report import GeoReport, Nulls, geo_report
@@ -208,40 +208,12 @@ def both(report: GeoReport, name: str) -> int:
     return len(free & set(report.passing("within", name=name)))
 
 
-def probe_rows(lab: Lab, areas: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Coordinates from latents and from raw units, blocked in space and at random."""
-    for area in areas:
-        places, _ = lab.area(area)
-        for at in lab.study.main[area]:
-            for what, values in coordinate_sets(
-                lab, places, at, prompt_of(at.prompt, area)
-            ).items():
-                for blocked in (True, False) if what == "units" else (True,):
-                    begin = time.perf_counter()
-                    found = probe_coordinates(values, places, blocks=None if blocked else "random")
-                    facts = {
-                        "model": lab.model, "area": area, "prompt": at.prompt, "layer": at.layer,
-                        "set": what, "folds": "blocked" if blocked else "random",
-                    }  # fmt: skip
-                    row = {
-                        "name": " | ".join(str(value) for value in facts.values()),
-                        "part": "probe", **facts, "n_places": places.n,
-                        "r2_lat": found.r2_lat, "r2_lon": found.r2_lon,
-                        "median_km": found.median_km, "chance_km": found.chance_km,
-                        "seconds": round(time.perf_counter() - begin, 1),
-                    }  # fmt: skip
-                    yield from _logged([row], "probe")
-
-
-def coordinate_sets(lab: Lab, places: Places, at: Spot, config: ProbeConfig) -> dict[str, Any]:
-    """What coordinates are read from."""
-    hook = residual(at.layer)
-    return {
-        **codes_of(lab, places, config, at.saes[:1]),
-        "units": units_of(lab, lab.lm, places, config, [hook])[hook],
-        "units, untrained": units_of(lab, lab.random, places, config, [hook])[hook],
-        "tokens of the name": token_features(lab.lm, places, config),
-    }
+def coordinate_rows(
+    lab: Lab, areas: Sequence[str], prompts: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The probe's rows, each printed as it comes."""
+    for row in probe_rows(lab, areas, prompts):
+        yield from _logged([row], "probe")
 
 
 def goals(rows: list[dict[str, Any]]) -> list[Goal]:
@@ -288,12 +260,13 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, write no result")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    started, lab = time.time(), open_lab(args.model, args.size, args.limit)
+    by_layer = args.part != ["probe"] or "ask" in args.prompts
+    started, lab = time.time(), open_lab(args.model, args.size, args.limit, by_layer=by_layer)
     parts = {
         "layers": lambda: layer_rows(lab, args.areas, args.prompts),
         "findings": lambda: finding_rows(lab, args.areas),
         "published": lambda: published_rows(lab, args.areas),
-        "probe": lambda: probe_rows(lab, args.areas),
+        "probe": lambda: coordinate_rows(lab, args.areas, args.prompts),
     }
     rows = [row for part in args.part for row in parts[part]()]
     is_part = args.part != list(PARTS) or args.areas != list(AREAS)

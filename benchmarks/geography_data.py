@@ -151,16 +151,20 @@ class Lab:
         return self._areas[name]
 
 
-def open_lab(model: str, size: str, limit: int | None = None) -> Lab:
-    """Load what every part needs; SAEs are trained if they are not in the cache."""
+def open_lab(model: str, size: str, limit: int | None = None, *, by_layer: bool = True) -> Lab:
+    """Load what every part needs; SAEs are trained if they are not in the cache.
+
+    Args:
+        by_layer: SmolLM2's SAEs of every layer too, not those of layer 15 alone.
+    """
     if model == "gemma":
         lm = load_gemma()
         found = {name: (sae, hook) for name, (hook, sae) in gemma_saes(lm).items()}
     else:
         lm = load_model("smollm2-135m", dtype=torch.bfloat16)
         found = {f"{name}-15": (sae, HOOK) for name, sae in saes().items()}
-        by_layer = layer_saes(lm, cache_dir() / "benchmarks" / "selection-layers")
-        for name, sae in by_layer.items():
+        folder = cache_dir() / "benchmarks" / "selection-layers"
+        for name, sae in (layer_saes(lm, folder) if by_layer else {}).items():
             layer = int(name.removeprefix("layer"))
             found[f"gba-{layer} 262k"] = sae, residual(layer)
     folder = cache_dir() / "benchmarks" / "geography" / "vectors"

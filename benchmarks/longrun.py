@@ -19,6 +19,7 @@ warm-up; ``longrun_table`` says what growth is.
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,12 +88,14 @@ def long_run(
             code = child.wait(PATIENCE)
         finally:
             child.kill()
+    if code in (STOPPED, -signal.SIGTERM) and not (out / "metrics.jsonl").exists():
+        raise TimeoutError(f"{seconds:.0f} s were too short: expected training, got none.")
     if code != STOPPED:
         raise RuntimeError(f"{command} ended with {code}: {(scratch / 'log').read_text()[-2000:]}")
     end = {"exit_code": code, "seconds_to_stop": round(time.monotonic() - begun, 1)}
     rows = phase_rows(route, model, samples, WARM_UP * seconds)
-    if not rows or not (out / "metrics.jsonl").exists():
-        raise TimeoutError(f"{seconds:.0f} s were too short: expected training, got none.")
+    if not rows:
+        raise TimeoutError(f"{seconds:.0f} s were too short: expected a phase after its warm-up.")
     rows[-1] |= end | saved(out)
     return rows, curve_rows(route, samples)
 

@@ -18,7 +18,8 @@ needed beyond what it held before the call.
 
 import argparse
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from sae_apps.geospatial.permutation import draw, free
 from sae_apps.geospatial.places import load_places
 from sae_apps.geospatial.weights import SpatialWeights, spatial_weights
 from sae_core.extras import require
+from sae_core.features import shape_of
 
 AREA = "GB,IT,US:NY+NJ+CT+PA"
 LATENTS, ACTIVE, PERMUTATIONS = 4608, 60, 999
@@ -171,7 +173,7 @@ def loop_row(x: sparse.csr_array, w: SpatialWeights, sample: int) -> dict[str, A
     return row("esda.Moran loop", w.n, sample, PERMUTATIONS, ms_per_feature=each, **found)
 
 
-def dense_column(x: sparse.csr_array, j: int) -> np.ndarray:
+def dense_column(x: Any, j: int) -> np.ndarray:
     """One latent as esda takes it."""
     return x[:, [j]].toarray().ravel().astype(np.float64)
 
@@ -181,20 +183,31 @@ def dense_column(x: sparse.csr_array, j: int) -> np.ndarray:
 
 def exact_rows(x: sparse.csr_array, w: SpatialWeights, sample: int) -> list[dict[str, Any]]:
     """The largest difference from esda over ``sample`` latents, rare ones included."""
-    esda = require("esda", "geo")
     index = np.linspace(0, LATENTS - 1, sample).astype(int)
     table = moran(x, w, permutations=1, p_adjust=None)
-    links, worst = w.to_graph(), {"I": 0.0, "VI_rand": 0.0, "z_rand": 0.0}
-    columns = x.tocsc()
-    for j in index:
-        y = columns[:, [j]].toarray().ravel().astype(np.float64)
-        wanted = esda.Moran(y, links, permutations=0)
-        for name in worst:
-            worst[name] = max(worst[name], abs(table.column(name)[j] - getattr(wanted, name)))
+    names = ("I", "VI_rand", "z_rand")
+    theirs = esda_columns(sparse.csr_array(x[:, index]), w, names)
+    worst = {n: float(np.abs(table.column(n)[index] - theirs[n]).max()) for n in names}
     return [
-        row(f"|{name} - esda|, all statuses", w.n, sample, 0, value=float(value))
+        row(f"|{name} - esda|, all statuses", w.n, sample, 0, value=value)
         for name, value in worst.items()
     ]
+
+
+def esda_columns(
+    x: sparse.csr_array, w: SpatialWeights, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """What `esda.Moran` finds for each column of x; NaN where it finds nothing."""
+    esda = require("esda", "geo")
+    links, columns = w.to_graph(), x.tocsc()
+    found = {name: np.full(shape_of(x)[1], np.nan) for name in names}
+    for j in range(shape_of(x)[1]):
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # 0 / 0 of a latent that is nowhere active
+            one = esda.Moran(dense_column(columns, j), links, permutations=0)
+        for name in names:
+            found[name][j] = getattr(one, name)
+    return found
 
 
 def speed_rows(

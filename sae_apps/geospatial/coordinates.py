@@ -90,12 +90,13 @@ def probe_coordinates(
     variance = total_variance(x)
     if not variance > 0:
         raise UserError(f"Expected features that vary, got none among {size_of(x)[1]}.")
-    predicted, chosen = _nested(x, u, rows_of, shares * variance)
+    predicted, chosen = nested(x, u, rows_of, shares * variance)
+    predicted = directions(predicted)
     chance, mean = np.empty_like(u), np.empty_like(u)
     for b, rows in enumerate(rows_of):
         others = u[block != b]
         chance[rows], mean[rows] = spherical_median(others), others.mean(axis=0)
-    error, from_mean = (_north_east_km(u, v) for v in (predicted, _directions(mean)))
+    error, from_mean = (north_east_km(u, v) for v in (predicted, directions(mean)))
     r2 = 1 - (error**2).sum(axis=0) / (from_mean**2).sum(axis=0)
     km = angle_km(u, predicted)
     return CoordinateProbe(
@@ -118,10 +119,20 @@ def probe_coordinates(
     )
 
 
-def _nested(
-    x: Matrix, u: Float[np.ndarray, "n 3"], rows_of: list[np.ndarray], alphas: np.ndarray
-) -> tuple[Float[np.ndarray, "n 3"], Int[np.ndarray, "n_blocks"]]:
-    """Directions predicted without each block, and the penalty the other blocks chose for it."""
+def nested(
+    x: Matrix, u: Float[np.ndarray, "n t"], rows_of: list[np.ndarray], alphas: np.ndarray
+) -> tuple[Float[np.ndarray, "n t"], Int[np.ndarray, "n_blocks"]]:
+    """Targets predicted without each block, and the penalty the other blocks chose for it.
+
+    Args:
+        x: features.
+        u: targets.
+        rows_of: rows of each block, at least 3 blocks.
+        alphas: penalties, above 0.
+    Returns:
+        predictions, and the position of each block's penalty: the one with the least squared error
+        on the other blocks, each left out together with it in turn.
+    """
     count = len(rows_of)
     # inner[b, a]: squared errors on the blocks other than b, each left out together with b
     inner = np.zeros((count, len(alphas)))
@@ -139,7 +150,7 @@ def _nested(
     best = np.empty_like(u)
     for b, rows in enumerate(rows_of):
         best[rows] = outer[chosen[b], rows]
-    return _directions(best), chosen
+    return best, chosen
 
 
 def spherical_median(u: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "3"]:
@@ -163,7 +174,7 @@ def spherical_median(u: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "3"]:
     return new
 
 
-def _north_east_km(
+def north_east_km(
     u: Float[np.ndarray, "n 3"], v: Float[np.ndarray, "n 3"]
 ) -> Float[np.ndarray, "n 2"]:
     """The arc from u to v in km, split into its northward and eastward part at u."""
@@ -171,10 +182,10 @@ def _north_east_km(
     north = np.stack([-np.sin(lat) * np.cos(lon), -np.sin(lat) * np.sin(lon), np.cos(lat)], axis=1)
     east = np.stack([-np.sin(lon), np.cos(lon), np.zeros_like(lon)], axis=1)
     parts = np.stack([(v * north).sum(axis=1), (v * east).sum(axis=1)], axis=1)
-    return angle_km(u, v)[:, None] * _directions(parts)
+    return angle_km(u, v)[:, None] * directions(parts)
 
 
-def _directions(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+def directions(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """The vectors at length 1; those of length 0 stay."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(length > 0, length, 1.0)
