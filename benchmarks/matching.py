@@ -9,13 +9,13 @@ One thread.
 """
 
 import argparse
-import resource
 import time
 from typing import Any
 
 import torch
 
 from benchmarks.common import Goal, write_result
+from sae_apps.tasks.evaluation import peak_memory
 from sae_core.identifiability import pw_mcc
 
 NOISE = 0.02
@@ -46,7 +46,7 @@ def matched_row(rows: int, width: int, seed: int = 0) -> dict[str, Any]:
     return {
         "name": f"{rows} x {width}", "pw_mcc": found.mean, "true": float((true * b).sum(1).mean()),
         "gap": found.gap, "cpu_s": time.process_time() - started, "wall_s": time.time() - wall,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_memory() / 2**30,
     }  # fmt: skip
 
 

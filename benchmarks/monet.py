@@ -14,7 +14,6 @@ Trained models are kept in the cache, so a second run measures only.
 
 import argparse
 import json
-import resource
 import time
 from typing import Any
 
@@ -32,6 +31,7 @@ from sae_apps.experts import (
     measure_use,
     text_losses,
 )
+from sae_apps.tasks.evaluation import peak_memory
 from sae_core.activations import HarvestConfig
 from sae_core.models import LanguageModel, load_model
 from sae_core.monet.experts import HorizontalExperts, VerticalExperts
@@ -231,7 +231,7 @@ def _speed_row(
         "parameters": sum(p.numel() for p in layer.parameters()),
         "forward_tokens_s": len(x) / _timed(forward, rounds),
         "step_tokens_s": len(x) / _timed(both, rounds),
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_memory() / 2**30,
     }  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def _masked_row(
     return {
         "name": f"masked {name} {share:g}", "what": "masked", "kind": name, "share": share,
         "relative": seconds / plain, "forward_tokens_s": len(x) / seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_memory() / 2**30,
     }  # fmt: skip
 
 

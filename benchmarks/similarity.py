@@ -20,7 +20,6 @@ load the clock measures the others as well.
 """
 
 import argparse
-import resource
 import shutil
 import tempfile
 import time
@@ -39,6 +38,7 @@ from sae_apps.selection.codes import Codes, IndexConfig
 from sae_apps.selection.index import SparseIndex
 from sae_apps.selection.rerank import recall_of
 from sae_apps.selection.similarity import nearest
+from sae_apps.tasks.evaluation import peak_memory
 from sae_core.features import shape_of
 
 K = 10
@@ -305,7 +305,7 @@ def _scale_row(source: Source, scale: Scale, place: Path) -> dict[str, Any]:
         speedup=exact.wall / timed * m / search.wall,
         speedup_cpu=exact.cpu / timed * m / search.cpu,
         j_10=float(np.median(bars)), nonzeros=sum(len(p.data) for p in index.parts) / n,
-        peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        peak_gib=peak_memory() / 2**30,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@
 """
 
 import argparse
-import resource
+import json
 import subprocess
 import sys
 import time
@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Goal, write_result
+from benchmarks.common import RESULTS, Goal, write_result
+from sae_apps.tasks.evaluation import peak_memory
 from sae_core.activations import HarvestConfig, stream_activations
 from sae_core.models import LanguageModel, load_model
 from sae_core.sae import SAE, SAEConfig
@@ -40,6 +41,7 @@ def main() -> None:
     """Run the three parts and write results/throughput.json."""
     parser = argparse.ArgumentParser(description="Speed of harvest and training.")
     parser.add_argument("--size", choices=SIZES, default="reduced")
+    parser.add_argument("--part", choices=("memory",), help="this part, into the last result")
     parser.add_argument("--harvest-only", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.harvest_only:
@@ -47,8 +49,13 @@ def main() -> None:
         return
     started = time.time()
     tokens, rounds, steps = SIZES[args.size]
-    rows, goals = harvest_rows(tokens, rounds)
     memory, goal = memory_rows(tokens // 4)
+    if args.part == "memory":
+        kept = json.loads((RESULTS / "throughput.json").read_text())["goals"]
+        others = [Goal(**one) for one in kept if one["name"] != goal.name]
+        write_result("throughput", memory, lambda _: [*others, goal], started, merge=True)
+        return
+    rows, goals = harvest_rows(tokens, rounds)
     rows += memory
     for d_sae in (4608, 18432) if args.size == "full" else (4608,):
         rows += training_rows(d_sae, rounds, steps)
@@ -83,7 +90,8 @@ def harvest_rows(tokens: int, rounds: int) -> tuple[list[dict[str, Any]], list[G
 
 
 def _row(what: str, rate: float | None, seconds: float | None, ratio: float | None, **more: Any):
-    row = {"what": what, "d_sae": None, "tokens_per_s": rate, "seconds": seconds}
+    name = " ".join([what, *(str(n) for n in (more.get("d_sae"),) if n)])
+    row = {"name": name, "what": what, "d_sae": None, "tokens_per_s": rate, "seconds": seconds}
     return row | {"times_floor": ratio, "peak_MiB": None} | more
 
 
@@ -116,7 +124,7 @@ def _harvest(lm: LanguageModel, config: HarvestConfig) -> None:
 def _peak_after_harvest(tokens: int) -> int:
     lm = load_model("smollm2-135m", dtype=torch.bfloat16)
     _harvest(lm, HarvestConfig(max_tokens=tokens))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return peak_memory() // 2**20
 
 
 def memory_rows(tokens: int) -> tuple[list[dict[str, Any]], Goal]:

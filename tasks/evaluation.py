@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import plain, to_json, token_count
@@ -105,7 +106,14 @@ def finish(
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process, bytes."""
+    """Largest resident size of this process, bytes.
+
+    Linux counts into ``ru_maxrss`` what the parent held when it forked; VmHWM begins at zero.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = (line.split() for line in status.read_text().splitlines())
+        return next(1024 * int(words[1]) for words in lines if words[0] == "VmHWM:")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
