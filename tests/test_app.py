@@ -10,7 +10,7 @@ import torch
 
 from sae_apps.suppression.app import App, load_app, save_app
 from sae_apps.suppression.bins import bin_of
-from sae_apps.suppression.calibration import calibrate, token_weights
+from sae_apps.suppression.calibration import CalibrationSums, class_weights
 from sae_apps.suppression.choice import separation
 from sae_apps.suppression.fit import Fit, FitConfig, _train_texts, fit_app, fit_report
 from sae_apps.suppression.reader import read_latents
@@ -271,15 +271,16 @@ def planted(seed: int, effect: float) -> tuple[TokenValues, np.ndarray]:
     fires = rng.random((40, 12, 20)) < rate[:, None]
     token, unit = np.nonzero(fires.reshape(-1, 20))
     value = rng.lognormal(size=len(token)).astype(np.float32)
-    return TokenValues(token, unit, value, np.repeat(np.arange(40), 12), 40, 20, True), label
+    values = TokenValues(token, unit, value, np.repeat(np.arange(40), 12), 20, True)
+    return values, label.astype(int)
 
 
 def p_values(seed: int, effect: float) -> np.ndarray:
     values, label = planted(seed, effect)
-    hist = histogram_of(values, label.astype(int), ("b", "a"), n_bins=4, seed=0)
+    hist = histogram_of([values], label, ("b", "a"), n_bins=4, seed=0)
     every = np.ones(40, dtype=bool)
     rng = np.random.default_rng(seed)
-    return separation(values, hist, every, label, permutations=39, rng=rng).p_value
+    return separation([values], hist, label, every, ["a"], permutations=39, rng=rng).p_value
 
 
 def test_texts_are_what_is_permuted() -> None:
@@ -292,16 +293,19 @@ def test_texts_are_what_is_permuted() -> None:
 
 
 def test_weights_give_each_class_its_prior() -> None:
-    label = np.array([0, 0, 0, 1])
-    np.testing.assert_allclose(token_weights(label, np.array([0.4, 0.6]))[[0, 3]], [0.4 / 3, 0.6])
+    prior = np.array([0.2, 0.3, 0.5])
+    np.testing.assert_allclose(class_weights(np.array([3, 1, 2]), prior), [0.2 / 3, 0.3, 0.25])
+    np.testing.assert_allclose(class_weights(np.array([3, 1, 0]), prior), [0.4 / 3, 0.6, 0.0])
 
 
 def test_the_temperature_undoes_repeated_evidence() -> None:
     rng = np.random.default_rng(0)
     truth = rng.random(4000) < 0.5
     once = np.where(rng.random(4000) < 0.8, 1, -1) * np.where(truth, 1, -1) * np.log(4)
-    weight = np.full(4000, 1 / 4000)
-    quality = calibrate(np.repeat(once[:, None], 5, axis=1), truth, weight, 0.5)
+    sums = CalibrationSums(5, np.array([0.5, 0.5]), np.array([False, True]))
+    sums.update(np.repeat(once[:, None], 5, axis=1), truth.astype(int))
+    quality = sums.compute()
+    assert quality is not None
     assert quality.temperature == pytest.approx(0.2, rel=0.15)
     assert quality.prior_loss == pytest.approx(np.log(2))
     full = quality.weight > 0

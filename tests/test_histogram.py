@@ -227,3 +227,14 @@ def test_bad_input() -> None:
         PermutedCounts(np.zeros((100_000, 63)), np.zeros((1000, 4), dtype=int), 2)
     with pytest.raises(UserError, match="between 0 and 3, got"):
         PermutedCounts(edges, np.zeros((2, 4), dtype=int), 2).update(ok, np.array([0, 1, 2, 4]))
+
+
+def test_sums_do_not_depend_on_the_batches_in_the_last_bit() -> None:
+    values = sparse_values(3000, 5)
+    labels, edges = np.arange(3000) % 3, edges_of(values, n_bins=4, per_unit=100)
+    whole, parts = (HurdleCounts(edges, ["a", "b", "c"]) for _ in range(2))
+    whole.update(values, labels)
+    for rows in np.array_split(np.arange(3000), 11):
+        parts.update(values[rows], labels[rows])
+    assert np.array_equal(parts.compute().total, whole.compute().total)
+    assert np.array_equal(parts.compute().square, whole.compute().square)

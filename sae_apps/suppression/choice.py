@@ -11,17 +11,20 @@ permuting them would call everything significant. The maximum over all units (We
 the order is that of d' = (mean within - mean without) / pooled sd, one-sided for latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 from sae_apps.suppression.histogram import Histogram
+from sae_apps.suppression.posterior import concept_mask
 from sae_apps.suppression.tokens import TokenValues
 
-_CELLS = 1 << 24  # units x bins x permutations at once: 128 MiB of float64
+_CELLS = 1 << 24  # units x bins x permutations in one pass of the tokens: 64 MiB of int32
+_CACHED = 1 << 16  # of these at once in float64, so that the temporaries stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +48,11 @@ class Separation:
 
 
 def separation(
-    values: TokenValues,
+    blocks: Iterable[TokenValues],
     histogram: Histogram,
+    labels: Int[np.ndarray, " n_texts"],
     texts: Bool[np.ndarray, " n_texts"],
-    is_concept: Bool[np.ndarray, " n_texts"],
+    concepts: Sequence[str],
     *,
     permutations: int,
     rng: np.random.Generator,
@@ -56,59 +60,82 @@ def separation(
     """Test every unit for a difference between the concepts and the rest.
 
     Args:
-        values: tokens of the texts that count.
+        blocks: tokens of the texts that count, iterated again for every 2^24 cells.
         histogram: of these tokens; its edges are used.
+        labels: class of every text.
         texts: the texts that count; labels are permuted among them.
-        is_concept: label of every text.
+        concepts: classes on one side.
         permutations: at least 1; no p-value is below 1 / (1 + permutations).
     """
-    members = np.flatnonzero(texts)
-    labels = np.zeros((values.n_texts, permutations + 1))
-    labels[members, 0] = is_concept[members]
-    for one in range(1, permutations + 1):
-        labels[members, one] = is_concept[rng.permutation(members)]
-    tokens = np.bincount(values.text, minlength=values.n_texts).astype(np.float64)
-    inside = tokens @ labels
-    outside = tokens.sum() - inside
-    parts = [_jsd(counts, total, inside, outside) for counts, total in
-             _counts(values, histogram, labels)]  # fmt: skip
-    jsd = np.concatenate(parts)
+    inside = concept_mask(histogram.classes, concepts)
+    is_concept, members = inside[labels], np.flatnonzero(texts)
+    drawn = np.zeros((permutations + 1, len(labels)), dtype=bool)
+    drawn[0, members] = is_concept[members]
+    for row in drawn[1:]:
+        row[members] = is_concept[rng.permutation(members)]
+    jsd = _divergence(blocks, histogram, drawn)
     mean, sd = jsd[:, 1:].mean(axis=1), jsd[:, 1:].std(axis=1)
     z = (jsd - mean[:, None]) / np.where(sd > 0, sd, np.inf)[:, None]
     highest = z[:, 1:].max(axis=0)
     p = (1 + (highest[None] >= z[:, :1]).sum(axis=1)) / (1 + permutations)
-    concept = np.zeros(len(tokens), dtype=bool)
-    concept[members] = is_concept[members]
     return Separation(
         np.sqrt(np.maximum(0.0, jsd[:, 0] - mean)),
         np.where(sd > 0, p, 1.0),
-        _d_prime(values, concept),
+        _d_prime(histogram, inside),
         permutations,
     )
 
 
-def _counts(
-    values: TokenValues, histogram: Histogram, labels: Float[np.ndarray, "n_texts p"]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens [units, bins, p] of the concept and [units, bins] of all, for units in turn."""
-    order = np.argsort(values.unit, kind="stable")
-    text, unit = values.text[values.token[order]], values.unit[order]
-    place = values.bins(histogram.edges)[order] - 1
-    n_bins, p = histogram.n_bins, labels.shape[1]
-    step = max(1, _CELLS // (n_bins * p))
-    for first in range(0, values.n_units, step):
-        last = min(first + step, values.n_units)
-        a, b = np.searchsorted(unit, [first, last])
-        cell = (unit[a:b].astype(np.int64) - first) * n_bins + place[a:b]
-        shape = ((last - first) * n_bins, values.n_texts)
-        table = sparse.csr_array((np.ones(b - a), (cell, text[a:b])), shape=shape)
-        total = np.asarray(table.sum(axis=1)).reshape(last - first, n_bins)
-        yield (table @ labels).reshape(last - first, n_bins, p), total
+def _divergence(
+    blocks: Iterable[TokenValues], histogram: Histogram, drawn: Bool[np.ndarray, "p n_texts"]
+) -> Float[np.ndarray, "u p"]:
+    """JSD of every unit under every labelling; the units in turn, so that the cells are bounded."""
+    tokens = np.zeros(drawn.shape[1])
+    for block in blocks:
+        tokens += np.bincount(block.text, minlength=len(tokens))
+    inside = np.array([tokens[row].sum() for row in drawn])
+    outside = tokens.sum() - inside
+    total = histogram.counts[:, :, 1:].sum(axis=1)
+    n_units, n_bins = total.shape
+    at_once, few = (max(1, n // (n_bins * len(drawn))) for n in (_CELLS, _CACHED))
+    jsd = np.empty((n_units, len(drawn)))
+    for first in range(0, n_units, at_once):
+        last = min(first + at_once, n_units)
+        counts = np.zeros(((last - first) * n_bins, len(drawn)), dtype=np.int32)
+        for block in blocks:
+            _count(counts, block, histogram.edges, first, drawn)
+        whole = counts.reshape(last - first, n_bins, len(drawn))
+        for a in range(first, last, few):
+            b = min(a + few, last)
+            jsd[a:b] = _jsd(whole[a - first : b - first], total[a:b], inside, outside)
+    return jsd
+
+
+def _count(
+    counts: Int[np.ndarray, "cells p"],
+    block: TokenValues,
+    edges: Float[np.ndarray, "u B_minus_1"],
+    first: int,
+    drawn: Bool[np.ndarray, "p n_texts"],
+) -> None:
+    """Add a block's tokens of the concept to the cells [unit and bin] of the units from first."""
+    n_bins = edges.shape[1] + 1
+    cell = (block.unit.astype(np.int64) - first) * n_bins + block.bins(edges) - 1
+    mine = (cell >= 0) & (cell < len(counts))
+    texts, local = np.unique(block.text, return_inverse=True)
+    table = sparse.coo_array(
+        (np.ones(int(mine.sum()), np.float32), (cell[mine], local[block.token[mine]])),
+        shape=(len(counts), len(texts)),
+    ).tocsr()
+    rows = np.flatnonzero(np.diff(table.indptr))
+    onehot = np.ascontiguousarray(drawn[:, texts].T, dtype=np.float32)
+    # exact in float32: no count of a block reaches 2^24
+    counts[rows] += cast("np.ndarray", table[rows] @ onehot).astype(np.int32)
 
 
 def _jsd(
-    counts: Float[np.ndarray, "u B p"],
-    total: Float[np.ndarray, "u B"],
+    counts: Int[np.ndarray, "u B p"],
+    total: Int[np.ndarray, "u B"],
     inside: Float[np.ndarray, " p"],
     outside: Float[np.ndarray, " p"],
 ) -> Float[np.ndarray, "u p"]:
@@ -123,17 +150,13 @@ def _entropy(p: Float[np.ndarray, "u B p"]) -> Float[np.ndarray, "u p"]:
     return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(axis=1)
 
 
-def _d_prime(
-    values: TokenValues, is_concept: Bool[np.ndarray, " n_texts"]
-) -> Float[np.ndarray, " u"]:
-    mine = is_concept[values.text]
-    at = mine[values.token]
-    value = values.value.astype(np.float64)
+def _d_prime(histogram: Histogram, inside: Bool[np.ndarray, " c"]) -> Float[np.ndarray, " u"]:
     means, variances = [], []
-    for n, chosen in ((mine.sum(), at), ((~mine).sum(), ~at)):
-        total = np.bincount(values.unit[chosen], value[chosen], values.n_units)
-        square = np.bincount(values.unit[chosen], value[chosen] ** 2, values.n_units)
-        means.append(total / n)
-        variances.append(np.maximum(square / n - (total / n) ** 2, 0.0))
+    for side in (inside, ~inside):
+        n = histogram.n[side].sum()
+        mean = histogram.total[:, side].sum(axis=1) / n
+        square = histogram.square[:, side].sum(axis=1) / n
+        means.append(mean)
+        variances.append(np.maximum(square - mean**2, 0.0))
     sd = np.sqrt((variances[0] + variances[1]) / 2)
     return np.divide(means[0] - means[1], sd, out=np.zeros_like(sd), where=sd > 0)

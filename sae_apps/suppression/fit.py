@@ -2,7 +2,8 @@
 
 Every kept token inherits the label of its text. Four fifths of the texts of each class choose the
 units and fill the histograms; the rest drops units whose posterior predicts no better than the
-prior, fits the temperature of the joint gate and calibrates.
+prior, fits the temperature of the joint gate and calibrates. The model runs once; its values lie on
+disk until the fit is done (``scratch``), so that memory does not grow with the texts.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,19 +15,19 @@ import torch
 from jaxtyping import Bool, Int
 
 from sae_apps.suppression.app import BEYOND, GATES, App
-from sae_apps.suppression.calibration import Calibration, calibrate, token_weights
+from sae_apps.suppression.calibration import Calibration, calibration_of
 from sae_apps.suppression.choice import Separation, separation
 from sae_apps.suppression.histogram import Histogram
 from sae_apps.suppression.posterior import (
     MODES,
-    Tables,
     attenuation,
     check_prior,
     concept_mask,
     log_odds,
     posterior_tables,
 )
-from sae_apps.suppression.tokens import TokenValues, histogram_of, read_values
+from sae_apps.suppression.scratch import read_values
+from sae_apps.suppression.tokens import histogram_of
 from sae_apps.suppression.units import Units, open_units
 from sae_core.activations import HarvestConfig
 from sae_core.errors import UserError
@@ -145,7 +146,7 @@ def fit_report(
     Raises:
         UserError: other numbers of labels or groups than of texts, one class only, an unknown
             concept, a class with too few texts, an SAE of another model or layer, a prior of other
-            classes.
+            classes, no room for the values in the temporary folder (TMPDIR).
     """
     if groups is not None and len(groups) != len(texts):
         raise UserError(f"Expected a group for each of {len(texts)} texts, got {len(groups)}.")
@@ -155,19 +156,17 @@ def fit_report(
     lm = model if isinstance(model, LanguageModel) else load_model(str(model))
     units = open_units(lm, sae, hook_point, kind)
     label = np.array([classes.index(name) for name in names])
-    is_concept = concept_mask(classes, concepts)[label]
     rng = np.random.default_rng(config.seed)
     train = _train_texts(label, config.held_out_frac, rng, groups)
-    everything = read_values(lm, units, texts, config.harvest)
-    values = everything.of_texts(train)
-    hist = histogram_of(values, label, classes, n_bins=config.n_bins, seed=config.seed)
-    if not hist.n.all():
-        raise UserError(f"Expected tokens of every class, got none of {classes[hist.n.argmin()]}.")
-    found = separation(values, hist, train, is_concept, permutations=config.permutations, rng=rng)
-    index = found.best(config.n_units, config.significance, two_sided=units.two_sided)
-    tables = posterior_tables(_rows(hist, index), config.prior)
-    held_out = everything.of_texts(~train)
-    quality = _calibration(held_out, tables, index, label, concepts) if len(index) else None
+    with read_values(lm, units, texts, train, config.harvest) as (fitted, held_out):
+        hist = histogram_of(fitted, label, classes, n_bins=config.n_bins, seed=config.seed)
+        found = separation(
+            fitted, hist, label, train, concepts, permutations=config.permutations, rng=rng
+        )
+        index = found.best(config.n_units, config.significance, two_sided=units.two_sided)
+        tables, quality = posterior_tables(_rows(hist, index), config.prior), None
+        if len(index):
+            quality = calibration_of(held_out, tables, index, label, concepts)
     kept = np.ones(len(index), dtype=bool)
     if quality is not None:
         kept = quality.loss < quality.prior_loss
@@ -234,27 +233,6 @@ def _rows(hist: Histogram, index: Int[np.ndarray, " u"]) -> Histogram:
         hist.counts[index], hist.n, hist.edges[index], hist.classes,
         hist.total[index], hist.square[index], hist.has_atom,
     )  # fmt: skip
-
-
-def _calibration(
-    held_out: TokenValues,
-    tables: Tables,
-    index: Int[np.ndarray, " u"],
-    label: Int[np.ndarray, " n_texts"],
-    concepts: tuple[str, ...],
-) -> Calibration | None:
-    """None without held-out tokens on both sides."""
-    inside = concept_mask(tables.classes, concepts)
-    mine = label[held_out.text]
-    if not inside[mine].any() or inside[mine].all():
-        return None
-    dense = held_out.of_units(index)
-    bins = 1 + (dense[:, :, None] >= tables.edges[None]).sum(axis=2)
-    if tables.has_atom:
-        bins *= dense > 0
-    evidence = log_odds(tables, concepts)[np.arange(len(index)), bins]
-    prior = float(tables.prior[inside].sum())
-    return calibrate(evidence, inside[mine], token_weights(mine, tables.prior), prior)
 
 
 def _assemble(

@@ -196,8 +196,9 @@ class HurdleCounts:
         place = pair * bins + bin_of(found.value, found.unit, self.edges, self.has_atom)
         np.add.at(self._counts.reshape(-1), place, 1)
         value = found.value.astype(np.float64)
-        self._total += np.bincount(pair, value, u * c).reshape(u, c)
-        self._square += np.bincount(pair, value * value, u * c).reshape(u, c)
+        # token after token: the sums do not depend on the batches, not even in the last bit
+        np.add.at(self._total.reshape(-1), pair, value)
+        np.add.at(self._square.reshape(-1), pair, value * value)
         self._n += np.bincount(label, minlength=c)
 
     def merge(self, other: "HurdleCounts") -> None:
