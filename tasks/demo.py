@@ -1,7 +1,6 @@
-"""``sae-apps demo``: train, evaluate, featurize and report on the built-in model and text.
+"""``sae-apps demo``: train on the built-in model and text, run every application, report.
 
-A recipe over the functions of ``train``, ``featurize`` and ``inspect``: whatever is finished in the
-folder is used again.
+A recipe over the functions of the other commands: whatever is finished in the folder is used again.
 """
 
 import logging
@@ -11,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import PROG, StopSignal, run_command
+from .common import PROG, StopSignal, read_json, run_command
+from .demo_data import demo_files
+from .demo_page import write_page
+from .demo_stages import Found, run_stages
 from .evaluation import peak_memory
 from .featurize import FeaturizeOptions, FinishedRun, featurize_run, open_run
 from .inspect import InspectOptions, describe_latents
 from .parsing import CommandParser, take
 from .progress import duration
-from .runs import RunFolder, read_metrics
+from .runs import RunFolder
 from .stored import stored_rows
 from .train import train_run
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 EXAMPLE = f"{PROG} demo --out runs/demo"
-N_LATENTS, N_TEXTS = 20, 5
+N_LATENTS, N_NAMED, N_TEXTS = 14, 3, 5
 # bfloat16 is chosen where its matrix products are this much faster than float32's.
 BF16_GAIN = 1.3
 CEILING_SLACK = 1.1  # as in GroupFrequency.n_above
@@ -45,9 +47,10 @@ class DemoOptions:
 def main(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "demo",
-        "Train an SAE with target firing rates on 450,000 tokens of the built-in text through "
-        "SmolLM2-135M, evaluate it, and write a report with twenty latents and their top texts. "
-        "Takes about ten minutes on two processor cores.",
+        "Train an SAE with target firing rates on the built-in text through SmolLM2-135M, and a "
+        "second one to compare it with; select instruction data, map cities, measure how separable "
+        "praise and blame of films are and suppress blame; write one report on all of it. "
+        "Takes about a quarter of an hour on two processor cores.",
         EXAMPLE,
     )
     parser.add_options(DemoOptions)
@@ -89,6 +92,7 @@ def demo_run(settings: "TrainSettings", stop: StopSignal, *, quiet: bool = False
         UserError: the folder holds another run, or the model or text cannot be had.
         Interrupted: SIGINT or SIGTERM came; the same call continues.
     """
+    demo_files()  # first, since the text is made from the same download
     results = train_run(settings, stop, quiet=quiet)
     out = Path(results["out"])
     report = out / "report.html"
@@ -96,27 +100,43 @@ def demo_run(settings: "TrainSettings", stop: StopSignal, *, quiet: bool = False
         LOG.info("%s is there: nothing to do.", report)
     else:
         start = time.monotonic()
+        found = run_stages(settings, stop, quiet=quiet)
         run = open_run(str(out))
         options = FeaturizeOptions(run=str(out), stored=True)
         rows, folder = stored_rows(run), out / "features"
         features = featurize_run(run, rows, options, folder, quiet=quiet)
-        cards = latent_cards(run, features, quiet=quiet)
+        cards = latent_cards(run, features, named_latents(found), quiet=quiet)
         shown = results | {
             "n_rows": features.n_rows,
             "wall_seconds": results["wall_seconds"] + time.monotonic() - start,
             "peak_memory_bytes": max(results["peak_memory_bytes"], peak_memory()),
         }
-        write_page(report, out, shown, cards)
+        write_page(report, shown, cards, found)
     return results | {"report": str(report)}
 
 
+def named_latents(found: Found) -> list[int]:
+    """The latents that the applications name first."""
+    named = []
+    if found.geography is not None:
+        named += [one["feature"] for one in found.geography[1]["leading"][:N_NAMED]]
+    if found.separability is not None:
+        leading = found.separability["units"]["latents"]["leading"]
+        named += [one["unit"] for one in leading[:N_NAMED]]
+    if found.picks is not None:
+        reasons = read_json(found.picks.meta)["summary"]["reasons"]
+        named += [one["latent"] for one in reasons[:N_NAMED]]
+    return named
+
+
 def latent_cards(
-    run: FinishedRun, features: "SparseFeatures", *, quiet: bool = False
+    run: FinishedRun, features: "SparseFeatures", named: Sequence[int] = (), *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Latents over the range of frequencies, with top texts and their share of each domain."""
+    """Latents over the range of frequencies, and those named, with top texts and their domains."""
     from sae_core.exemplars import choose_latents
 
-    latents = list(choose_latents(features, N_LATENTS, seed=run.settings.run.seed))
+    spread = choose_latents(features, N_LATENTS, seed=run.settings.run.seed)
+    latents = [one for one in dict.fromkeys([*spread, *named]) if features.freq[one] > 0]
     options = InspectOptions(texts=N_TEXTS)
     found = describe_latents(run, features, latents, options, quiet=quiet)["latents"]
     return [card | {"shares": domain_shares(features, card["latent"])} for card in found]
@@ -131,33 +151,6 @@ def domain_shares(features: "SparseFeatures", latent: int) -> dict[str, float]:
         sums[domain] = sums.get(domain, 0.0) + act
     total = sum(sums.values())
     return {domain: value / total for domain, value in sums.items()}
-
-
-def write_page(path: Path, out: Path, results: dict[str, Any], cards: list[dict[str, Any]]) -> None:
-    """The report: key facts, training curves, requested against achieved rates, latents."""
-    from sae_apps.report import (
-        build_page,
-        frequencies_section,
-        latents_section,
-        overview_section,
-        training_section,
-        write_report,
-    )
-
-    sections = [
-        overview_section(results),
-        training_section(
-            read_metrics(RunFolder(out).metrics_file),
-            dead_window_tokens=results["dead_after_tokens"],
-        ),
-        frequencies_section(results["groups"], n_tokens=results["n_eval_tokens"]),
-        latents_section(cards),
-    ]
-    subtitle = (
-        f"{results['kind'].upper()} with {results['d_sae']:,} latents on "
-        f"{results['provenance']['hook_point']} of {results['provenance']['model_id']}"
-    )
-    write_report(path, build_page("Sparse autoencoder: the demo run", subtitle, sections))
 
 
 def headline(results: dict[str, Any]) -> list[str]:

@@ -46,8 +46,8 @@ POOL = {
     "passages": WIKIPEDIA,
 }
 TARGETS = ("arithmetic", "science")
-N_POOL, N_TARGET, N_REVIEWS, N_NEUTRAL = 160, 16, 160, 48
-MAX_CHARS = 400  # of a passage
+N_POOL, N_TARGET, N_REVIEWS, N_NEUTRAL = 120, 16, 120, 32
+MAX_CHARS = 300  # of a passage
 YES_NO = {0: "no", 1: "yes"}  # the labels of BoolQ
 LABELS = {"0": "negative", "1": "positive"}
 PROMPTS = (

@@ -728,7 +728,7 @@ def test_highlight_in_colour_and_in_brackets() -> None:
     assert f"{strong} big\033[0m" in colour and f"{weak} \ufffd[2Jdog\033[0m" in colour
 
 
-# ---- doctor and demo ----
+# ---- doctor ----
 
 
 def test_doctor_reports_without_writing(
@@ -748,50 +748,10 @@ def test_doctor_reports_without_writing(
     assert "models/m" in text and "2.0 KiB" in text and "torch" in text
 
 
-def test_the_demo_is_a_recipe_over_the_same_functions(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from sae_apps.tasks import demo
-    from sae_apps.tasks.common import StopSignal
-    from sae_apps.tasks.train import parse
-
-    out = tmp_path / "demo"
-    settings, _ = parse([*arguments, "--out", str(out)])
-    found = demo.demo_run(settings, StopSignal(), quiet=True)
-    page = (out / "report.html").read_text()
-    assert "<html" in page and found["report"] == str(out / "report.html")
-    assert all(name in page for name in ('id="training"', 'id="frequencies"', 'id="latents"'))
-    assert len(demo.headline(found)) == 5 and "report:" in demo.as_text(found)
-    before = files(out)
-    assert demo.demo_run(settings, StopSignal(), quiet=True) == found
-    assert files(out) == before
-
-
 def test_settings_need_no_argument() -> None:
     from sae_apps.tasks.settings import TrainSettings
 
     assert TrainSettings().sae_config(64).d_sae == 512
-
-
-def test_the_demo_recipe_is_what_is_promised() -> None:
-    from sae_apps.tasks.recipes import demo
-
-    settings = demo("x")
-    assert (settings.max_tokens or 0) >= 200_000 and settings.sae_config(576).d_sae >= 4608
-    assert settings.sae_config(576).kind == "gba" and settings.run.hook == "layers.15.out"
-
-
-def test_the_demo_keeps_the_precision_of_its_run(tmp_path: Path) -> None:
-    from sae_apps.tasks.common import to_json
-    from sae_apps.tasks.demo import demo_settings
-    from sae_apps.tasks.recipes import demo
-    from sae_apps.tasks.runs import RunFolder, claim
-
-    for precision in ("float32", "bfloat16"):
-        run = RunFolder(tmp_path / precision)
-        made = demo(str(run.path), precision=precision)
-        claim(run, json.loads(to_json(made.identity())), {"model_id": "m"})
-        assert demo_settings(str(run.path)).identity() == made.identity()
 
 
 # ---- activations of another run ----

@@ -18,17 +18,30 @@ import pytest
 from markupsafe import Markup
 
 from sae_apps.report import (
+    ConceptSet,
     Geography,
+    IdentifiabilityView,
+    LatentVerdicts,
     MapFeature,
     MapPlaces,
     RemovalCurve,
+    RunPair,
     Section,
+    SelectedRow,
+    SelectionReason,
+    SelectionTarget,
+    SelectionView,
+    SeparabilityView,
     SuppressionView,
     build_page,
     frequencies_section,
     geography_section,
+    identifiability_section,
+    latent_anchors,
     latents_section,
     overview_section,
+    selection_section,
+    separability_section,
     suppression_section,
     training_section,
     write_report,
@@ -454,3 +467,68 @@ def test_suppression_on_a_phone(browser: str, tmp_path: Path) -> None:
     assert seen["over"] == [False] * 4
     assert seen["lines"] > 60 and seen["wide"] < 600  # pixels: several lines, none endless
     assert seen["overflow"] <= 0 and seen["tip"] == "1"
+
+
+# ---- selection, identifiability, separability ----
+
+
+@pytest.fixture(scope="module")
+def findings() -> str:
+    """The three sections with words and names that are too long for a phone, and cards."""
+    long = "unbroken" * 30
+    cards = [{"latent": j, "freq": 0.1, "max_act": 1.0, "texts": []} for j in (3, 5)]
+    anchors = latent_anchors(cards)
+    picks = [SelectedRow(k, 0.9, long, [SelectionReason(3, 0.5, [long] * 6)]) for k in range(5)]
+    two = (long, "b")
+    targets = [SelectionTarget(name, 3, [long], picks, 5, [0.1, 0.5], [0.9]) for name in two]
+    asked = SelectionView(targets, 9, "5 rows", long, anchors=anchors, facts={long: long})
+    scores = [0.9, 0.1, 0.5, 0.3]
+    flags = ["reliable", "unreliable", "doubtful", "doubtful"]
+    latents = LatentVerdicts(
+        [0.1] * 4, scores, flags, scores, None, {1: long}, dict.fromkeys(range(4), [long])
+    )
+    pairs = [RunPair(long, "b", 0.5, scores, 4)]
+    runs = IdentifiabilityView([long, "b"], latents, 8, 99, pairs, {long: 1}, (), anchors)
+    leading = [{"unit": 3, "concept": long, "rate": 0.1, "raw": 0.9, "debiased": 0.8, "p": 0.1}]
+    leading = [one | {"q": 0.1} for one in leading]
+    names = ("units", "live", "passing", "alpha", "debiased_live", "debiased_top50", "best")
+    kind = dict.fromkeys(names, 1) | {"leading": leading}
+    concepts = ConceptSet(long, {long: 3, "b": 3}, {"latents": kind})
+    apart = SeparabilityView([concepts], 20, words={3: [long] * 6}, anchors=anchors)
+    sections = [selection_section(asked), identifiability_section(runs)]
+    sections += [separability_section(apart), latents_section(cards)]
+    return build_page("Findings", "", sections)
+
+
+FINDINGS = """
+const seen = { errors: $$("[id]").length - new Set($$("[id]").map((e) => e.id)).size };
+const folds = $$(".target");
+folds[1].querySelector("summary").click();
+seen.open = folds.map((fold) => fold.open);
+for (const fold of $$("details")) fold.open = true;
+seen.overflow = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+seen.out = $$("main *").filter((e) => !e.closest(".scroll, svg") && e.getClientRects().length
+  && e.getBoundingClientRect().right > page.documentElement.clientWidth + 1).length;
+seen.meters = [...new Set($$(".reasons .meter i").map((e) => e.offsetWidth > 10))];
+$("#latents-query").value = "zebra";
+$("#latents-query").dispatchEvent(new view.Event("input"));
+seen.hidden = $("#latents-1").hidden;
+const link = $('#selection a[href="#latents-1"]');
+link.focus(); seen.focused = page.activeElement === link;
+view.location.hash = link.hash;  // a click would leave the frame, whose address is its parent's
+await new Promise((done) => view.setTimeout(done, 60));
+seen.shown = !$("#latents-1").hidden; seen.query = $("#latents-query").value;
+return seen;
+"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_findings_fit_and_their_links_show_the_card(
+    browser: str, findings: str, tmp_path: Path, width: int
+) -> None:
+    seen, console = probe(browser, findings, FINDINGS, tmp_path, width=width)
+    assert console == [] and seen["errors"] == 0
+    assert seen["open"] == [True, True]
+    assert seen["overflow"] <= 0 and seen["out"] == 0
+    assert seen["meters"] == [True]
+    assert seen["hidden"] and seen["focused"] and seen["shown"] and seen["query"] == ""

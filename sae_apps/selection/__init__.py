@@ -4,6 +4,7 @@ MONA (arXiv 2503.15573) exactly, and improvements that were measured one by one;
 that is exact and fast, a FAISS index for the rest, and the reasons for every pick.
 """
 
+from sae_apps.selection.browse import top_latents, top_rows
 from sae_apps.selection.config import SelectConfig
 from sae_apps.selection.contamination import contamination
 from sae_apps.selection.duplicates import exact_duplicates, near_duplicates
@@ -36,6 +37,8 @@ __all__ = [
     "open_pool",
     "score",
     "select",
+    "top_latents",
+    "top_rows",
     "top_tokens",
     "write_pool",
 ]

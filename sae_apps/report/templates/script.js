@@ -69,6 +69,12 @@
       document.getElementById("latents-nothing").hidden = shown > 0;
     };
     const fromHash = () => {
+      const card = given.find((one) => one.id === location.hash.slice(1));
+      if (card && card.hidden) {  // a link to a card that the filter hides
+        query.value = "";
+        apply();
+        card.scrollIntoView();
+      }
       const wanted = new URLSearchParams(location.hash.slice(1));
       if (!wanted.has("q") && !wanted.has("order")) return;
       query.value = wanted.get("q") || "";

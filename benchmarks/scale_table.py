@@ -1,0 +1,35 @@
+"""Tables of long runs, of ten million rows and of Moran's I on every latent, for the docs."""
+
+from typing import Any
+
+from benchmarks.common import cell, table
+
+Result = dict[str, Any]
+
+
+def longrun(result: Result) -> str:
+    """Memory of every phase behind its warm-up."""
+    return table([
+        {
+            "run": row["name"], "minutes": f"{row['minutes']:.0f}", "tokens": f"{row['tokens']:,}",
+            "tokens/s": f"{row['tokens_per_s']:.0f}",
+            "anonymous MiB, after warm-up": f"{row['after_warm_up_MiB']:.0f}",
+            "at the end": f"{row['end_MiB']:.0f}", "largest": f"{row['max_MiB']:.0f}",
+            "growth of the peaks": f"{row['growth']:+.2%}",
+            "RSS at the end": f"{row['rss_end_MiB']:.0f}",
+        }
+        for row in result["rows"]
+    ])  # fmt: skip
+
+
+def store_scale(result: Result) -> str:
+    """Every step over the rows: time and memory."""
+    return table([
+        {
+            "step": row["name"], "seconds": f"{row['seconds']:.2f}",
+            "rows/s": "–" if row["rows_per_s"] is None else f"{row['rows_per_s']:,.0f}",
+            "peak MiB": f"{row['peak_MiB']:.0f}", "of these imports": f"{row['imports_MiB']:.0f}",
+            "answer": cell(row["answer"]),
+        }
+        for row in result["rows"]
+    ])  # fmt: skip
