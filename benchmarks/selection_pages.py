@@ -42,27 +42,40 @@ def selection_fresh(result: Result) -> str:
 
 
 def finetune(result: Result) -> str:
-    """Held-out loss after training on the picks, a target a column; hits among the picks."""
-    cells = {(r["method"], r["target"]): r for r in result["rows"] if r["kind"] == "loss"}
+    """Held-out loss after training on the picks, a budget and method a row, a target a column."""
+    cells = {
+        (r["share"], r["method"], r["target"]): r for r in result["rows"] if r["kind"] == "loss"
+    }
     differences = {
-        (r["other"], r["target"]): r for r in result["rows"] if r["kind"] == "difference"
+        (r["share"], r["other"], r["target"]): r
+        for r in result["rows"]
+        if r["kind"] == "difference"
     }
 
-    def one(method: str, target: str) -> str:
-        row = cells[method, target]
+    def one(share: float, method: str, target: str) -> str:
+        row = cells.get((share, method, target))
+        if row is None:
+            return ""
         text = f"{row['loss']:.3f}"
         if method != "untrained":
             text += f", {row['hits']:.0%} hits"
-        if gap := differences.get((method, target)):
+        if gap := differences.get((share, method, target)):
             text += (
                 f"; ours {gap['difference']:+.3f} [{gap['rows_low']:+.3f}, {gap['rows_high']:+.3f}]"
             )
         return text
 
-    methods, targets = (dict.fromkeys(pair[i] for pair in cells) for i in (0, 1))
+    pairs = sorted(dict.fromkeys(key[:2] for key in cells), key=lambda pair: pair[0])
+    targets = dict.fromkeys(key[2] for key in cells)
+    seeds = {pair: max(r["seeds"] for key, r in cells.items() if key[:2] == pair) for pair in pairs}
     return table([
-        {"picks": method} | {target: one(method, target) for target in targets}
-        for method in methods
+        {
+            "budget": f"{share:.0%}" if share else "–",
+            "picks": method,
+            "seeds": seeds[share, method] if share else "–",
+        }
+        | {target: one(share, method, target) for target in targets}
+        for share, method in pairs
     ])  # fmt: skip
 
 
