@@ -15,6 +15,7 @@ def longrun(result: Result) -> str:
             "tokens/s": f"{row['tokens_per_s']:.0f}",
             "anonymous MiB, after warm-up": f"{row['after_warm_up_MiB']:.0f}",
             "at the end": f"{row['end_MiB']:.0f}", "largest": f"{row['max_MiB']:.0f}",
+            "slope of all samples, MiB/h": f"{row['slope_MiB_per_hour']:+.0f}",
             "growth of the peaks": f"{row['growth']:+.2%}",
             "RSS at the end": f"{row['rss_end_MiB']:.0f}",
         }
