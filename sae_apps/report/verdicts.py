@@ -86,8 +86,7 @@ def decades(freq: np.ndarray) -> tuple[np.ndarray, list[str]]:
     A frequency of 1% belongs to "1% to 10%".
     """
     alive = freq > 0
-    # 1e-12: log10(0.001) is -2.9999999999999996 in floating point and must be -3
-    place = np.floor(np.log10(np.where(alive, freq, 1.0)) + 1e-12).astype(int)
+    place = np.floor(np.log10(np.where(alive, freq, 1.0))).astype(int)
     place = np.minimum(place, -1)
     names = np.array([f"{_decade(p)} to {_decade(p + 1)}" for p in place], dtype=object)
     found = sorted(set(place[alive].tolist()), reverse=True)
