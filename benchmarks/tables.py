@@ -24,6 +24,7 @@ from benchmarks.identifiability_table import (
 )
 from benchmarks.interop_table import interop
 from benchmarks.monet_table import monet_domains, monet_losses, monet_speed
+from benchmarks.peers_table import peers
 from benchmarks.scale_table import longrun, store_scale
 from benchmarks.selection_pages import (
     finetune,
@@ -137,6 +138,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "fuzz": ("fuzz", fuzz),
     "fuzz_goals": ("fuzz", goals),
     "matching_goals": ("matching", goals),
+    "peers": ("peers", peers),
+    "peers_goals": ("peers", goals),
     "longrun": ("longrun", longrun),
     "longrun_goals": ("longrun", goals),
     "store_scale": ("store_scale", store_scale),
