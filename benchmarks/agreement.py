@@ -47,7 +47,8 @@ from benchmarks.agreement_compare import CURVE, Run, compared, curve, jackknife,
 from benchmarks.agreement_saes import Variant, make_variant, trained
 from benchmarks.common import Goal, table, write_result
 from benchmarks.sae_quality import D_SAE, HOOK, KINDS, TOKENS, prepare
-from benchmarks.semantics import Labelled, item_activations, label_consistency, prepare_labelled
+from benchmarks.semantics import item_activations, label_consistency
+from benchmarks.semantics_data import Labelled, prepare_labelled
 from sae_core.download import cache_dir
 from sae_core.metrics import evaluate
 from sae_core.sae import SAE

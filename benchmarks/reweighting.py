@@ -33,28 +33,25 @@ itself, so its spread may differ from theirs: it is a weaker control than the ot
 import argparse
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
-from math import cos, pi, sin, sqrt
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from scipy.stats import t as student
 from torch import Tensor
 
-from benchmarks.common import Goal, table, write_result
+from benchmarks.common import table, write_result
+from benchmarks.reweighting_data import SETTINGS
+from benchmarks.reweighting_sums import BASELINE, goals, summarise
 from sae_core.identifiability import max_cosine, pw_mcc
 from sae_core.metrics import evaluate
 from sae_core.reweighting import WeightConfig
 from sae_core.sae import SAE, SAEConfig
-from sae_core.synthetic import Planted, PlantedConfig, plant
+from sae_core.synthetic import Planted
 from sae_core.train import TrainConfig, TrainState, train
 
 ALPHAS = (-1.0, -0.5, 0.5, 1.0)
-BASELINE = "plain"
-PUBLISHED = ("variance 0.5", "variance 1")
 STEPS = {"full": 2000, "reduced": 500}
 SEEDS = {"full": 10, "reduced": 4}
 BATCH = 512
@@ -76,61 +73,6 @@ def arms(permutation: int, refresh: int) -> dict[str, WeightConfig]:
 # ---- planted data ----
 
 
-def mixed_dictionary() -> Float[Tensor, "65 40"]:
-    """20 axes, 10 digons on an axis each, 5 pentagons on a pair of axes each."""
-    v = torch.zeros(65, 40)
-    for i in range(20):
-        v[i, i] = 1.0
-    for i in range(10):
-        v[20 + 2 * i, 20 + i], v[21 + 2 * i, 20 + i] = 1.0, -1.0
-    corners = torch.tensor([[cos(2 * pi * j / 5), sin(2 * pi * j / 5)] for j in range(5)])
-    for i in range(5):
-        v[40 + 5 * i : 45 + 5 * i, 30 + 2 * i : 32 + 2 * i] = corners
-    return v
-
-
-def rotation(d: int, seed: int) -> Float[Tensor, "d d"]:
-    """A random orthogonal matrix."""
-    return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed)))[0]
-
-
-def toy_model(seed: int, steps: int = 1500) -> Planted:
-    """The toy of arXiv 2209.10652 without bias: min_W E ||h - ReLU(W'W h)||^2, W [20, 200]."""
-    config = PlantedConfig(n=200, d=20, row_sparsity=(2,), coefficients="uniform")
-    planted = plant(config, seed)
-    w = planted.dictionary.clone().requires_grad_()
-    optimizer = torch.optim.Adam([w], lr=1e-2)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        h = planted.sample(512, generator).codes.to_dense()
-        loss = (h - torch.relu(h @ w @ w.T)).square().sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return Planted(config, w.detach())
-
-
-def _mixed(seed: int, *, rotated: bool = False, zipf: float = 0.0) -> Planted:
-    config = PlantedConfig(n=65, d=40, row_sparsity=(6,), coefficients="uniform", zipf=zipf)
-    v = mixed_dictionary()
-    if rotated:
-        v = v @ rotation(40, seed)
-    if zipf:
-        v = v[torch.randperm(65, generator=torch.Generator().manual_seed(seed))]
-    return Planted(config, v)
-
-
-_DIGON = PlantedConfig(
-    n=80, d=40, row_sparsity=(6,), dictionary="polygon", coefficients="uniform"
-)  # fmt: skip
-SETTINGS: dict[str, Callable[[int], Planted]] = {
-    "elhage": toy_model,
-    "default": lambda seed: plant(PlantedConfig(), seed),
-    "digon": lambda seed: plant(_DIGON, seed),
-    "mixed": _mixed,
-    "rotated": lambda seed: _mixed(seed, rotated=True),
-    "zipf": lambda seed: _mixed(seed, zipf=1.0),
-}
 KINDS = {"topk": tuple(SETTINGS), "gba": ("mixed", "zipf")}
 
 
@@ -218,7 +160,8 @@ def model_runs(size: ModelSize, only: Sequence[str]) -> Iterator[dict[str, Any]]
     The permutation is the same for all seeds, as the true weights are.
     """
     from benchmarks import sae_quality
-    from benchmarks.semantics import prepare_labelled, semantic_consistency
+    from benchmarks.semantics import semantic_consistency
+    from benchmarks.semantics_data import prepare_labelled
     from sae_core.buffer import batches
     from sae_core.download import cache_dir
 
@@ -255,76 +198,7 @@ def model_runs(size: ModelSize, only: Sequence[str]) -> Iterator[dict[str, Any]]
                    "pw_mcc": pair.mean}  # fmt: skip
 
 
-# ---- means, intervals, goals ----
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half width of its 95% Student t interval (None for one value)."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, None
-    deviation = sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, float(student.ppf(0.975, n - 1)) * deviation / sqrt(n)
-
-
-def summarise(
-    runs: Sequence[dict[str, Any]], measures: Sequence[str], outcome: dict[str, int]
-) -> list[dict[str, Any]]:
-    """A row for each setting, kind and arm: means, and paired gains of the outcomes.
-
-    Args:
-        measures: columns to average over seeds, each with its half width in `_pm`.
-        outcome: column -> 1 where more is better, -1 where less is; gains are signed so that
-            positive is better: `_gain` over the plain loss, `_over` over the permuted control.
-    """
-    cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    for run in runs:
-        cell = cells.setdefault((run["setting"], run["kind"], run["arm"]), {})
-        for name in measures:
-            if name in run:
-                cell.setdefault(name, []).append(float(run[name]))
-    rows = []
-    for (setting, kind, arm), cell in cells.items():
-        row: dict[str, Any] = {
-            "name": f"{setting}-{kind}-{arm}", "setting": setting, "kind": kind, "arm": arm,
-        }  # fmt: skip
-        for name in measures:
-            mean, half = interval(cell[name]) if name in cell else (None, None)
-            row |= {name: mean, f"{name}_pm": half}
-        for name, sign in outcome.items():
-            for suffix, other in (("gain", BASELINE), ("over", f"{arm} permuted")):
-                values = cells.get((setting, kind, other), {}).get(name)
-                difference = (None, None)
-                if values and name in cell and other != arm and len(values) == len(cell[name]):
-                    paired = zip(cell[name], values, strict=True)
-                    difference = interval([sign * (a - b) for a, b in paired])
-                row |= dict(zip((f"{name}_{suffix}", f"{name}_{suffix}_pm"), difference,
-                                strict=True))  # fmt: skip
-        rows.append(row)
-    return rows
-
-
-def goals(rows: list[dict[str, Any]], outcome: dict[str, int]) -> list[Goal]:
-    """The published weights better than the plain loss and than their control, by outcome."""
-    found = []
-    for row in rows:
-        if row["arm"] not in PUBLISHED:
-            continue
-        for name in outcome:
-            gain, over = row[f"{name}_gain"], row[f"{name}_over"]
-            if gain is None or over is None:
-                continue
-            gain_pm, over_pm = row[f"{name}_gain_pm"], row[f"{name}_over_pm"]
-            title = f"{name} of {row['arm']} ({row['setting']}, {row['kind']})"
-            if gain_pm is None or over_pm is None:
-                note = f"gain {gain:.4f}, over its control {over:.4f}; one value, no interval"
-                found.append(Goal(title, min(gain, over), "> 0", False, note))
-                continue
-            low = min(gain - gain_pm, over - over_pm)
-            note = f"gain {gain:.4f} ± {gain_pm:.4f}, over its control {over:.4f} ± {over_pm:.4f}"
-            found.append(Goal(f"{title}: lower bound", low, "> 0", low > 0, note))
-    return found
+# ---- command ----
 
 
 PLANTED_MEASURES = ("mmc", "frr_0.8", "frr_0.9", "code_error", "fvu", "l0", "spread", "n_features")

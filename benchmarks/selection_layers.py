@@ -26,9 +26,10 @@ from scipy import sparse
 
 from benchmarks.common import write_result
 from benchmarks.sae_quality import BATCH, D_SAE, HOOK
-from benchmarks.selection import cut_texts, from_measure, select_method
+from benchmarks.selection import cut_texts
 from benchmarks.selection_data import Data, Means, load, saes
 from benchmarks.selection_measures import Measure
+from benchmarks.selection_methods import from_measure, select_method
 from benchmarks.selection_table import Bench, Method, evaluate, make_aims, method_rows
 from sae_apps.tasks.text import open_text
 from sae_core.activations import HarvestConfig, stream_activations

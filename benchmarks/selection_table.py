@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int64
 from scipy.stats import t as student
 
-from benchmarks.common import Goal
 from benchmarks.rivals import Draws
 from benchmarks.selection_measures import Setting
 
@@ -29,8 +28,6 @@ PRECISIONS = (*BUDGETS, "r_precision")
 N_SEEDS, N_EXAMPLES = 10, 32
 N_PAIRS = 20_000
 FAMILIES = ("gsm8k", "mbpp", "bbh", "t0")
-# the published method, and what is recommended here
-HEADLINE = ("gba-jaccard", "gba-select")
 # the methods that a user would compare: in the README, and target by target in a file
 SELECTIONS = (
     "gba-select", "topk-select", "gba-select-one", "gba-presence-max", "gba-presence", "gba-cosine",
@@ -229,7 +226,7 @@ def interval(values: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
     return mean, mean - float(half), mean + float(half)
 
 
-def _triple(name: str, values: Float[np.ndarray, " n"]) -> dict[str, float]:
+def triple(name: str, values: Float[np.ndarray, " n"]) -> dict[str, float]:
     mean, low, high = interval(values)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
@@ -258,13 +255,13 @@ def method_rows(
                                "family": method.family, "representation": method.representation,
                                "size": prefix, "targets": int(at.sum())}  # fmt: skip
         for name in PRECISIONS:
-            row |= _triple(name, mine[name][at].mean(0))
+            row |= triple(name, mine[name][at].mean(0))
             if not baselines:
                 continue
             rival = best_baseline(found, baselines, at, name)
             gap = mine[name][at] - found[rival][name][at]
-            row |= {f"{name}_best": rival} | _triple(f"{name}_over_best", gap.mean(0))
-            row |= _triple(f"{name}_over_best_t", gap.mean(1))
+            row |= {f"{name}_best": rival} | triple(f"{name}_over_best", gap.mean(0))
+            row |= triple(f"{name}_over_best_t", gap.mean(1))
         for one in FAMILIES:
             if (at & (names == one)).any():
                 row |= {f"r_{one}": float(mine["r_precision"][at & (names == one)].mean())}
@@ -280,64 +277,3 @@ def method_rows(
         )
         rows.append(row)
     return rows
-
-
-def of_table(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of SELECTIONS, shortened: all methods and columns would fill megabytes."""
-    left_out = ("ceiling_", "p1_", "p5_", "p10_", "example_tokens", "distinct2", "sources", "kind")
-    return [
-        {
-            key: round(v, 4) if isinstance(v, float) else v
-            for key, v in row.items()
-            if not key.startswith(left_out)
-        }
-        for row in rows
-        if row["method"] in SELECTIONS
-    ]
-
-
-def target_rows(
-    bench: Bench, methods: Sequence[Method], found: dict[str, dict[str, np.ndarray]], prefix: str
-) -> list[dict[str, Any]]:
-    """A flat row per method and target; `over_best`: the best baseline of that very target."""
-    baselines = [m.name for m in methods if m.family == "baseline" and m.name != "random"]
-    rows = []
-    for method in methods:
-        for i, aim in enumerate(bench.aims):
-            row: dict[str, Any] = {
-                "name": f"{prefix}-{method.name}-{aim.name}", "method": method.name,
-                "family": method.family, "target": aim.name, "kind": aim.kind,
-                "hits": int(aim.is_hit.sum()), "chance": float(aim.is_hit.mean()),
-                "examples": len(aim.draws[0]),
-                "example_tokens": float(np.asarray(bench.data.n_tokens)[aim.draws[0]].mean()),
-            } | ceilings(aim.is_hit)  # fmt: skip
-            for name in PRECISIONS:
-                row |= _triple(name, found[method.name][name][i])
-            if baselines:
-                rival = best_baseline(found, baselines, i, "r_precision")
-                gap = found[method.name]["r_precision"][i] - found[rival]["r_precision"][i]
-                row |= {"best": rival} | _triple("over_best", gap)
-            for name in ("tokens", "distinct2", "sources"):
-                row[name] = float(found[method.name][name][i].mean())
-            rows.append(row)
-    return rows
-
-
-def goals(rows: list[dict[str, Any]]) -> list[Goal]:
-    """First on average against all baselines, and never below chance, for the headline methods."""
-    found = []
-    for row in (r for r in rows if r["method"] in HEADLINE and "r_precision_best" in r):
-        for name in PRECISIONS:
-            gap, low, high = (row[f"{name}_over_best{end}"] for end in ("", "_low", "_high"))
-            t_low, t_high = (row[f"{name}_over_best_t{end}"] for end in ("_low", "_high"))
-            note = (
-                f"best baseline {row[f'{name}_best']}; 95% over draws [{low:.4f}, {high:.4f}], "
-                f"over targets [{t_low:.4f}, {t_high:.4f}]"
-            )
-            title = f"{name} of {row['method']} over the best baseline, mean of targets"
-            found.append(Goal(f"{title}, {row['size']}", gap, "> 0", gap > 0, note))
-        worst = row["r_precision_worst_over_chance"]
-        title = f"r_precision of {row['method']} over chance, worst target, {row['size']}"
-        note = f"{row['r_precision_below_chance']} targets below"
-        found.append(Goal(title, worst, ">= 0", worst >= 0, note))
-    return found

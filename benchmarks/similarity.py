@@ -23,17 +23,15 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from scipy import sparse
 
 from benchmarks.common import Goal, write_result
-from benchmarks.selection_data import load
+from benchmarks.similarity_rows import DEPTHS, Clock, Source, clock, flat_row, narrow
 from sae_apps.selection.codes import Codes, IndexConfig
 from sae_apps.selection.index import SparseIndex
 from sae_apps.selection.rerank import recall_of
@@ -43,11 +41,9 @@ from sae_core.features import shape_of
 
 K = 10
 GOAL_ROWS = 1_000_000
-SHARD = 16_384
 CODES = {"reduced": (20_000, 128), "full": (50_000, 256)}  # rows, targets
 SCALE = {"reduced": (200_000, 1_000, 128), "full": (GOAL_ROWS, 10_000, 256)}  # ..., timed exactly
 FIT_ROWS = 4096  # of the part scale: more than the default, as a pool of that size deserves
-DEPTHS = (100, 200, 500, 1000)
 # method, dims or bits, factory, further settings
 SEARCHES: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
     ("minhash", 2048, "BFlat", {}),
@@ -96,105 +92,13 @@ def main() -> None:
     write_result("similarity", rows, goals, started, merge=args.part is not None)
 
 
-# ---- data ----
-
-
-class Source:
-    """Real rows, and as many made from them as wished."""
-
-    def __init__(self) -> None:
-        data = load("reduced")
-        acts = data.representation("gba")
-        members = np.unique(np.concatenate([t.members for t in data.targets.values()]))
-        self.pool = _narrow(acts[data.pool])
-        self.held_out = _narrow(acts[np.setdiff1d(members, data.pool)])
-        self.token = float(np.median(self.pool.data))
-
-    def shard(self, number: int, n: int = SHARD) -> sparse.csr_array:
-        """Rows of one shard of the pool, always the same."""
-        return self._mixed(self.pool, n, np.random.default_rng([1, number]))
-
-    def targets(self, n: int) -> sparse.csr_array:
-        """Rows to search for."""
-        return self._mixed(self.held_out, n, np.random.default_rng([2]))
-
-    def shards(self, n: int) -> Iterator[sparse.csr_array]:
-        """n rows, shard by shard."""
-        for start in range(0, n, SHARD):
-            yield self.shard(start // SHARD, min(SHARD, n - start))
-
-    def _mixed(self, base: sparse.csr_array, n: int, rng: np.random.Generator) -> sparse.csr_array:
-        share = rng.uniform(0.5, 1, n)
-        first, second = (rng.integers(shape_of(base)[0], size=n) for _ in range(2))
-        parts = [
-            self._thinned(sparse.csr_array(base[rows]), weight, rng)
-            for rows, weight in ((first, share), (second, 1 - share))
-        ]
-        return _narrow(sparse.csr_array(parts[0] + parts[1]))
-
-    def _thinned(
-        self, rows: sparse.csr_array, share: np.ndarray, rng: np.random.Generator
-    ) -> sparse.csr_array:
-        values: np.ndarray = rows.data
-        tokens = np.maximum(1, np.rint(values / self.token)).astype(np.int64)
-        kept = rng.binomial(tokens, np.repeat(share, np.diff(rows.indptr)))
-        # a is a mean over tokens, of which the share stays: a * kept / tokens is share * its mean
-        rows.data = (values * kept / tokens).astype(np.float32)
-        rows.eliminate_zeros()
-        return rows
-
-
-def _narrow(acts: Any) -> sparse.csr_array:
-    """float32 with int32 indices, canonical."""
-    acts = sparse.csr_array(acts).astype(np.float32)
-    acts.sort_indices()
-    acts.indices = acts.indices.astype(np.int32)
-    acts.indptr = acts.indptr.astype(np.int32)
-    return acts
-
-
-# ---- timing ----
-
-
-class Clock:
-    """Seconds on the clock and of the processor (over all threads, divided by their number)."""
-
-    wall = cpu = 0.0
-
-
-@contextmanager
-def clock() -> Iterator[Clock]:
-    """Time a block."""
-    found = Clock()
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield found
-    found.wall = time.perf_counter() - wall
-    found.cpu = (time.process_time() - cpu) / torch.get_num_threads()
-
-
-def _row(what: str, name: str, **values: Any) -> dict[str, Any]:
-    """All rows have the same columns."""
-    columns = (
-        "method", "dims", "factory", "rows", "targets", "threads", "bytes_a_row", "encode_rows_s",
-        "encode_rows_s_cpu", "build_rows_s", "build_rows_s_cpu",
-        "fit_s_cpu", "search_ms", "search_ms_cpu",
-        *(f"recall_{depth}" for depth in DEPTHS), "n_candidates", "recall", "recall_low",
-        "exact_ms", "exact_ms_cpu", "speedup", "speedup_cpu",
-        "j_1", "j_10", "j_100", "nonzeros", "peak_gib",
-    )  # fmt: skip
-    empty = dict.fromkeys(columns)
-    unknown = set(values) - set(empty)
-    assert not unknown, unknown
-    return {"name": name, "what": what, **empty, "threads": torch.get_num_threads(), **values}
-
-
 # ---- 1. codes ----
 
 
 def code_rows(source: Source, size: str) -> list[dict[str, Any]]:
     """Every kind of code over the same rows and targets."""
     n, m = CODES[size]
-    rows, targets = _narrow(sparse.vstack(list(source.shards(n)), format="csr")), source.targets(m)
+    rows, targets = narrow(sparse.vstack(list(source.shards(n)), format="csr")), source.targets(m)
     warm = SparseIndex.build(rows[:600], IndexConfig(dims=32))
     warm.query(targets[:4], K)  # compiles
     truth = nearest(rows, targets, 100)
@@ -214,7 +118,7 @@ def hardness(name: str, scores: np.ndarray, rows: sparse.csr_array) -> dict[str,
     """How near the neighbours are: medians over the targets."""
     values = {f"j_{rank}": float(np.median(scores[:, rank - 1])) for rank in (1, 10, 100)}
     n = shape_of(rows)[0]
-    return _row("hardness", name, rows=n, nonzeros=len(rows.data) / n, **values)
+    return flat_row("hardness", name, rows=n, nonzeros=len(rows.data) / n, **values)
 
 
 def code_row(
@@ -244,7 +148,7 @@ def code_row(
         for key in ("power", "fit_rows")
         if getattr(config, key) != getattr(IndexConfig(), key)
     )
-    return _row(
+    return flat_row(
         "codes", f"{config.method} {config.dims} {config.factory}{more}",
         method=config.method, dims=config.dims, factory=config.factory, rows=n, targets=m,
         bytes_a_row=codes.bytes_per_row, encode_rows_s=n / encode.wall,
@@ -294,7 +198,7 @@ def _scale_row(source: Source, scale: Scale, place: Path) -> dict[str, Any]:
     with clock() as search:
         found = index.query(targets, K, n_candidates=scale.n_candidates)
     recall = recall_of(found.scores[:timed], bars)
-    return _row(
+    return flat_row(
         "scale", f"scale {n} rows", method=index.config.method, dims=dims, factory="default",
         rows=n, targets=m, bytes_a_row=index.codes.bytes_per_row,
         encode_rows_s=n_first / encode.wall, encode_rows_s_cpu=n_first / encode.cpu,

@@ -97,7 +97,8 @@ def second_run(settings: "TrainSettings", stop: StopSignal, *, quiet: bool) -> P
 
 def identified(out: Path, second: Path, *, quiet: bool) -> dict[str, Any]:
     """Conditions of the theory and the verdict on every latent, from both runs."""
-    from .identify import IdentifyOptions, identify, open_runs, open_stored, save
+    from .identify import IdentifyOptions, identify, open_runs, open_stored
+    from .identify_files import save
 
     runs = open_runs([str(out), str(second)])
     path, hashes = out / "identify.json", [run.sae.hash() for run in runs]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sae_core.errors import UserError
 
-from .common import PROG, StopSignal, run_command, size, to_json, token_count
+from .common import PROG, StopSignal, run_command, size, token_count
 from .featurize import FinishedRun, open_run
+from .identify_files import save
 from .parsing import CommandParser, take
 from .progress import progress
 
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 EXAMPLE = f"{PROG} identify runs/seed0 runs/seed1 runs/seed2 --tokens 64k"
 BATCH = 4096  # tokens
 SHOWN = 5  # latents of each flag in the summary
-PER_LATENT = (
-    *("count", "mean_act", "peak", "kurtosis", "alignment", "rho", "excess", "partner"),
-    *("sample_count", "band_freq", "has_band", "n_copies", "coherence", "max_cosine"),
-)
 
 
 @dataclass(frozen=True)
@@ -194,66 +191,6 @@ def examples(found: "Conditions", judged: "Verdict") -> dict[str, list[dict[str,
             for j in best
         ]
     return chosen
-
-
-def save(run: FinishedRun, found: "Conditions", judged: "Verdict", report: dict[str, Any]) -> None:
-    """Keep the result: arrays beside the run, the verdict with its SAE, identify.json last.
-
-    Each file is whole or absent, and identify.json names the SAE it is about.
-    """
-    from safetensors.torch import save as to_bytes
-
-    from sae_core.disk import atomic_write_text, disk_errors, owner_tag, remove_stale, replaced_file
-    from sae_core.sae import save_sae
-
-    arrays = {name: getattr(found, name) for name in PER_LATENT}
-    arrays |= {"score": judged.score, "flag": judged.flag, "cause": judged.cause}
-    if judged.consistency is not None:
-        arrays["consistency"] = judged.consistency
-    path = run.folder.path / "identify.safetensors"
-    with disk_errors(path):
-        remove_stale(path)
-        with replaced_file(path, path.with_name(f".{path.name}.{owner_tag('tmp')}")) as file:
-            file.write(to_bytes({name: value.contiguous() for name, value in arrays.items()}))
-    agree = judged.consistency
-    kept = {
-        "n_runs": len(report["runs"]),
-        "score": judged.score.tolist(),
-        "flag": judged.flag.tolist(),
-        "cause": judged.cause.tolist(),
-        "consistency": None if agree is None else agree.tolist(),
-    }
-    save_sae(run.folder.sae, run.sae, run.extra | {"identify": kept}, overwrite=True)
-    atomic_write_text(run.folder.path / "identify.json", to_json(report) + "\n")
-
-
-def stored_verdict(extra: dict[str, Any], latent: int) -> dict[str, Any] | None:
-    """What ``save`` kept about one latent; None where identify has not run."""
-    from sae_core.verdict import CAUSES, FLAGS
-
-    kept = extra.get("identify")
-    if kept is None:
-        return None
-    agree = kept["consistency"]
-    return {
-        "n_runs": kept["n_runs"],
-        "score": kept["score"][latent],
-        "flag": FLAGS[kept["flag"][latent]],
-        "cause": CAUSES[kept["cause"][latent]],
-        "consistency": None if agree is None else agree[latent],
-    }
-
-
-def verdict_text(found: dict[str, Any]) -> str:
-    """``consistency 0.83 over 3 runs, reliable``, with the cause where it is not."""
-    agree = found["consistency"]
-    head = (
-        f"score {found['score']:.2f} from one run"
-        if agree is None
-        else f"consistency {agree:.2f} over {found['n_runs']} runs"
-    )
-    why = "" if found["flag"] == "reliable" else f" because {found['cause']}"
-    return f"{head}, {found['flag']}{why}"
 
 
 def estimate(

@@ -13,7 +13,7 @@ from sae_core.errors import UserError
 from .common import PROG, StopSignal, run_command
 from .evaluation import counted_passes
 from .featurize import FinishedRun, open_run
-from .identify import stored_verdict, verdict_text
+from .identify_files import stored_verdict, verdict_text
 from .parsing import CommandParser, take
 from .progress import Progress
 

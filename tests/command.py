@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sae_apps.tasks.main import main
+from sae_core.errors import UserError
 
 PREFIX = "sae-apps: error: "
 
@@ -45,3 +47,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert len(lines) == 1 and lines[0].startswith(PREFIX), seen.err
     assert "Traceback" not in seen.err and seen.out == ""
     return lines[0].removeprefix(PREFIX)
+
+
+def one_sentence(read: Callable[[], object], match: str, kind: type[Exception] = UserError) -> None:
+    """Assert that reading is refused by this kind of error, in one short sentence."""
+    with pytest.raises(kind, match=match) as raised:
+        read()
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000

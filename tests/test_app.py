@@ -20,6 +20,7 @@ from sae_apps.suppression.units import open_units
 from sae_core.errors import CorruptFileError, UserError
 from sae_core.models import LanguageModel
 from sae_core.sae import SAE, SAEConfig, save_sae
+from tests.tiny_models import mirror_sae
 
 POINT = "layers.3.out"
 NAMES = ("Lily", "Tom", "Sue", "Ben", "Mia", "Tim", "Sam", "Anna")
@@ -42,16 +43,6 @@ def sae_of(kind: Any = "relu", **more: Any) -> SAE:
         sae.b_dec.copy_(torch.linspace(-0.05, 0.05, 64))
         sae.scale.mul_(0.8 if kind == "gba" else 1.0)
         sae.threshold.fill_(0.1)
-    return sae.eval()
-
-
-def mirror_sae() -> SAE:
-    """Reads the positive and the negative part of every dimension: an exact reconstruction."""
-    sae = SAE(SAEConfig(64, 128, "relu"))
-    eye = torch.eye(64)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.cat([eye, -eye], dim=1))
-        sae.W_dec.copy_(torch.cat([eye, -eye]))
     return sae.eval()
 
 

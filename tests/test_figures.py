@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="The figures need the extra `plots`.")
 
-from benchmarks import figures
+from benchmarks import figure_parts, figures
 from sae_core.errors import UserError
 
-KINDS = tuple(figures.NAMES)
+KINDS = tuple(figure_parts.NAMES)
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -148,8 +148,8 @@ def test_cells_lie_around_their_centres_on_a_log_scale():
 
 
 def test_kinds_keep_their_looks_and_no_two_share_one():
-    looks = figures.style_of([*KINDS, "gba_published", "another"])
-    assert looks["topk"] == figures.style_of(["topk"])["topk"]
+    looks = figure_parts.style_of([*KINDS, "gba_published", "another"])
+    assert looks["topk"] == figure_parts.style_of(["topk"])["topk"]
     assert len({(look["color"], look["marker"]) for look in looks.values()}) == 7
 
 
@@ -181,7 +181,7 @@ def test_an_unknown_figure_is_refused(monkeypatch, capsys):
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    tree = ast.parse(Path(figures.__file__).read_text())
-    assert "matplotlib" in ast.unparse(tree)
-    outside = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    trees = [ast.parse(Path(m.__file__).read_text()) for m in (figures, figure_parts)]
+    assert "matplotlib" in ast.unparse(trees[1])
+    outside = [n for t in trees for n in t.body if isinstance(n, ast.Import | ast.ImportFrom)]
     assert not any("matplotlib" in ast.unparse(node) for node in outside)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import finetune, finetune_table, tuning
-from benchmarks.finetune import Cell, Held, cell_key, held_out, run_cells, spend, wrong_solutions
+from benchmarks import finetune, finetune_rows, finetune_table, tuning
+from benchmarks.finetune import cell_key, run_cells
+from benchmarks.finetune_rows import Cell, Held, held_out, spend, wrong_solutions
 from benchmarks.tuning import Example, Setting, encode, entering, evaluate, make_student, train
 from sae_core.errors import UserError
 from sae_core.models import LanguageModel
@@ -314,7 +315,7 @@ def test_held_out_rows_are_new_and_take_turns_over_labels():
     rows = [row("bbh:a", f"a{i}", True) for i in range(9)]
     rows += [row("bbh:b", f"b{i}", True) for i in range(3)] + [row("mbpp", "m", True)]
     rows += [row("bbh:a", "pool", False)]
-    size = replace(finetune.SIZES["cpu"], n_held=6, setting=SETTING)
+    size = replace(finetune_rows.SIZES["cpu"], n_held=6, setting=SETTING)
     seen = {"a0\nra0", "b1\nrb1"}
     found = held_out(Tokenizer(), rows, "mix:bbh", size, seen)
     texts = [Tokenizer().decode(e.ids[e.start : e.stop].tolist()) for e in found.rows]
@@ -329,7 +330,7 @@ def test_solutions_of_gsm8k_are_ranked_unless_cut():
     rows = [row("gsm8k", f"q{i}", True) for i in range(4)]
     for number, one in enumerate(rows):
         one.response = f"so 1{number}\n#### 1{number}" + ("" if number else " or so")
-    size = replace(finetune.SIZES["cpu"], n_held=4, n_ranked=2, setting=SETTING)
+    size = replace(finetune_rows.SIZES["cpu"], n_held=4, n_ranked=2, setting=SETTING)
     found = held_out(Tokenizer(), rows, "gsm8k", size, set())
     assert [len(group) for group in found.ranked] == [4, 4]
     short = replace(size, setting=replace(SETTING, max_len=16))
@@ -356,7 +357,7 @@ def fake_bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_methods_spend_the_same_budget_on_rows_that_may_be_trained_on(monkeypatch):
     bench = fake_bench(monkeypatch)
     rows = {place: Example(np.full(10, place), 4, 9, 5) for place in range(5, 14)}
-    cells = finetune.make_cells(bench, rows, ["down", "up"], ["t"], [0.25, 0.5], 2)
+    cells = finetune_rows.make_cells(bench, rows, ["down", "up"], ["t"], [0.25, 0.5], 2)
     assert [(c.method, c.share, c.seed) for c in cells] == [
         ("untrained", 0.0, 0),
         *((m, share, seed) for seed in (0, 1) for share in (0.25, 0.5) for m in ("down", "up")),
@@ -365,9 +366,9 @@ def test_methods_spend_the_same_budget_on_rows_that_may_be_trained_on(monkeypatc
     assert picked[:5] == [[], [5, 6], [13, 12], [5, 6, 7, 8], [13, 12, 11, 10]]  # 14 is left out
     assert [c.n_hits for c in cells[:5]] == [0, 2, 0, 3, 0]
     with pytest.raises(UserError, match="names out of down, up, got 'sideways'"):
-        finetune.make_cells(bench, rows, ["sideways"], ["t"], [0.5], 1)
+        finetune_rows.make_cells(bench, rows, ["sideways"], ["t"], [0.5], 1)
     with pytest.raises(UserError, match="names out of t, got 'u'"):
-        finetune.make_cells(bench, rows, ["up"], ["u"], [0.5], 1)
+        finetune_rows.make_cells(bench, rows, ["up"], ["u"], [0.5], 1)
 
 
 def test_a_cell_gives_its_sums(lm):

@@ -28,8 +28,9 @@ from sae_apps.suppression.units import open_units
 from sae_core.activations import HarvestConfig, stream_activations
 from sae_core.errors import UserError
 from sae_core.models import LanguageModel
-from sae_core.sae import SAE, SAEConfig
+from sae_core.sae import SAE
 from sae_core.text import rows_from_texts
+from tests.tiny_models import mirror_sae
 
 POINT = "layers.3.out"
 NAMES = ("Lily", "Tom", "Sue", "Ben", "Mia", "Tim", "Sam", "Anna")
@@ -38,16 +39,6 @@ HAPPY = [f"{a} was happy at the {b}. {a} laughed." for a in NAMES for b in ("par
 NEUTRAL = [f"{a} went to the {b}. {a} saw a tree." for a in NAMES for b in ("park", "sea", "hill")]
 TEXTS, LABELS = SAD + HAPPY, ["sad"] * len(SAD) + ["happy"] * len(HAPPY)
 ROUNDING = 1e-12  # sums of float64 in another order
-
-
-def mirror_sae() -> SAE:
-    """Reads the positive and the negative part of every dimension: an exact reconstruction."""
-    sae = SAE(SAEConfig(64, 128, "relu"))
-    eye = torch.eye(64)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.cat([eye, -eye], dim=1))
-        sae.W_dec.copy_(torch.cat([eye, -eye]))
-    return sae.eval()
 
 
 def planted(seed: int, has_atom: bool = True) -> tuple[TokenValues, np.ndarray]:

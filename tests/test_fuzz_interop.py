@@ -16,7 +16,7 @@ from benchmarks.fuzz_foreign import D_IN, FOREIGN
 from sae_apps.tasks.convert import read_activations
 from sae_core.errors import CorruptFileError, UserError
 from sae_core.interop import read_foreign
-from tests.command import refusal, run_json
+from tests.command import one_sentence, refusal, run_json
 
 MAKE = {name: make for name, make, *_ in FOREIGN}
 
@@ -43,12 +43,6 @@ def pickled(tmp_path: Path) -> Path:
 
 def configure(file: Path, **change: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-
-
-def one_sentence(read: Callable[[], object], match: str, kind: type[Exception] = UserError) -> None:
-    with pytest.raises(kind, match=match) as raised:
-        read()
-    assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000
 
 
 # --- every good example is read: else the fuzzer looks at nothing --------------------------------

@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks import recovery
-from benchmarks.recovery import SETTINGS, Setting, Trial
+from benchmarks import recovery, recovery_trial
+from benchmarks.recovery import SETTINGS, Setting
+from benchmarks.recovery_trial import Trial
 from sae_core.synthetic import PlantedConfig
 
 
@@ -38,8 +39,8 @@ def test_the_grid_lies_around_the_true_sparsity():
 
 
 def test_the_path_begins_with_the_published_algorithm_and_ends_at_the_default():
-    changes = recovery.path()
-    assert changes["published"].tied and changes["published"].gba == recovery.paper_main()
+    changes = recovery_trial.path()
+    assert changes["published"].tied and changes["published"].gba == recovery_trial.paper_main()
     assert changes["default"] == Trial("gba")
     assert len(set(map(str, changes.values()))) == len(changes)  # no variant is another's copy
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from benchmarks import reweighting as bench
+from benchmarks import reweighting_data, reweighting_sums
 from sae_core import loss, reweighting
 from sae_core.buffer import batches
 from sae_core.checkpoint import load_checkpoint, save_checkpoint
@@ -386,8 +386,8 @@ def test_a_goal_is_met_only_above_the_plain_loss_and_above_the_control():
         ]
 
     def verdict(*values):
-        rows = bench.summarise(runs(*values), ("mmc",), {"mmc": 1})
-        (goal,) = bench.goals(rows, {"mmc": 1})
+        rows = reweighting_sums.summarise(runs(*values), ("mmc",), {"mmc": 1})
+        (goal,) = reweighting_sums.goals(rows, {"mmc": 1})
         return goal
 
     low = [0.5, 0.6, 0.7]
@@ -402,7 +402,7 @@ def test_a_goal_is_met_only_above_the_plain_loss_and_above_the_control():
 
 
 def test_the_mixed_dictionary_has_axes_digons_and_pentagons():
-    v = bench.mixed_dictionary()
+    v = reweighting_data.mixed_dictionary()
     cosine = v @ v.T
     torch.testing.assert_close(v.norm(dim=1), torch.ones(65))
     assert torch.equal(cosine[:20, :20], torch.eye(20)) and not cosine[:20, 20:].any()

@@ -16,11 +16,14 @@ from benchmarks import (
     gradients,
     minilm,
     rivals,
+    selection_goals,
     selection_measures,
+    selection_steps,
     selection_table,
 )
 from benchmarks import selection as suite
-from benchmarks.selection_measures import Measure, Setting, fit_step, scores
+from benchmarks.selection_measures import Measure, Setting, scores
+from benchmarks.selection_steps import fit_step
 from benchmarks.selection_table import Aim, Bench, Method
 from sae_core.errors import UserError
 from sae_core.models import LanguageModel
@@ -175,7 +178,7 @@ def true_gradients(lm: LanguageModel, n_blocks: int) -> np.ndarray:
 
 
 def test_gradient_features_keep_the_gradients_cosines(llama: LanguageModel):
-    exact = selection_measures.unit(true_gradients(llama, 2))
+    exact = selection_steps.unit(true_gradients(llama, 2))
     exact = exact @ exact.T
     found = np.mean(
         [(x := gradients.gradient_features(llama, EXAMPLES, sketch=(64, 64), seed=s)) @ x.T
@@ -247,13 +250,14 @@ def test_log_odds_on_shares_is_tuned_dsir(codes: sparse.csr_array):
     assert len(np.unique(found)) == 2
 
 
-@pytest.mark.parametrize("metric", selection_measures.METRICS)
+@pytest.mark.parametrize("metric", selection_steps.METRICS)
 def test_sparse_dense_and_any_block_give_the_same(
     codes: sparse.csr_array, metric: str, monkeypatch: pytest.MonkeyPatch
 ):
     measure = Measure("m", "x", metric, ("idf", "sqrt"))
     one = scores(measure, setting(codes, POOL_60), DRAWS_60)
-    monkeypatch.setattr(selection_measures, "BLOCK", 7)
+    for module in (selection_measures, selection_steps):
+        monkeypatch.setattr(module, "BLOCK", 7)
     monkeypatch.setattr(selection_measures, "MAX_PROTOTYPES", 4)
     monkeypatch.setattr(selection_measures, "MAX_KEPT", 0)
     assert scores(measure, setting(codes.toarray(), POOL_60), DRAWS_60) == pytest.approx(one, 1e-4)
@@ -491,7 +495,7 @@ def test_rows_tell_means_paired_differences_and_the_worst_target(bench: Bench):
 def test_a_row_for_each_method_and_target(bench: Bench):
     methods = [topics(), blind()]
     found = selection_table.evaluate(bench, methods)
-    rows = selection_table.target_rows(bench, methods, found, "tiny")
+    rows = selection_goals.target_rows(bench, methods, found, "tiny")
     assert len({row["name"] for row in rows}) == 2 * len(bench.aims) == len(rows)
     first = rows[0]
     assert (first["target"], first["hits"], first["chance"]) == ("bbh:snarks", 30, 0.25)
@@ -501,12 +505,12 @@ def test_a_row_for_each_method_and_target(bench: Bench):
 
 
 def test_goals_are_met_by_the_better_and_not_by_the_worse(bench: Bench):
-    head = selection_table.HEADLINE[0]
+    head = selection_goals.HEADLINE[0]
     for methods, is_better in (([topics(head), blind()], True),
                                ([topics("rival", "baseline"), replace(blind(head), family="ours")],
                                 False)):  # fmt: skip
         found = selection_table.evaluate(bench, methods)
-        goals = selection_table.goals(selection_table.method_rows(bench, methods, found, "tiny"))
+        goals = selection_goals.goals(selection_table.method_rows(bench, methods, found, "tiny"))
         assert len(goals) == 5 and all(goal.met == is_better for goal in goals)
 
 

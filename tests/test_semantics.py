@@ -8,19 +8,13 @@ import pytest
 import torch
 from scipy import sparse
 
-from benchmarks import semantics
-from benchmarks.semantics import (
-    Labelled,
-    Sentence,
-    label_consistency,
-    read_conllu,
-    semantic_consistency,
-    token_labels,
-)
+from benchmarks import semantics, semantics_data
+from benchmarks.semantics import label_consistency, semantic_consistency
+from benchmarks.semantics_data import Labelled, Sentence, read_conllu, token_labels
 from sae_core.errors import UserError
 from sae_core.sae import SAE, SAEConfig
 
-NOUN, PUNCT, AUX, PART = map(semantics.UPOS.index, ("NOUN", "PUNCT", "AUX", "PART"))
+NOUN, PUNCT, AUX, PART = map(semantics_data.UPOS.index, ("NOUN", "PUNCT", "AUX", "PART"))
 HOOK = "layers.2.out"
 
 
@@ -140,7 +134,7 @@ def written(tmp_path: Path, text: str) -> Path:
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_words_find_their_place_in_the_text(tmp_path: Path, end: str):
     (sentence,) = read_conllu(written(tmp_path, CONLLU.rstrip("\n") + "\n" + end))
-    words = [(sentence.text[a:b], semantics.UPOS[upos]) for a, b, upos in sentence.spans]
+    words = [(sentence.text[a:b], semantics_data.UPOS[upos]) for a, b, upos in sentence.spans]
     assert words == [
         ("I", "PRON"), ("do", "AUX"), ("n't", "PART"),  # "gotta" is not got + to: no stretch
         ("go", "VERB"), (",", "PUNCT"), ("Al", "PROPN"), (".", "PUNCT"),
@@ -190,7 +184,7 @@ def test_real_sentences_align_with_real_tokens(tiny_lm, shared_data: Path):
 
 def test_a_probe_for_punctuation_is_found_in_a_real_model(tiny_lm, tmp_path, shared_data):
     """An SAE whose first latent is a linear probe of PUNCT, beside latents of random direction."""
-    labelled = semantics.prepare_pos(tiny_lm, HOOK, "reduced", tmp_path / "pos", n_rows=150)
+    labelled = semantics_data.prepare_pos(tiny_lm, HOOK, "reduced", tmp_path / "pos", n_rows=150)
     assert len(labelled.label) == len(labelled.activations)
     assert (labelled.label >= 0).mean() > 0.6
     x = torch.cat([batch.x.float() for batch in labelled.activations.iter_sequential(4096)])
@@ -202,23 +196,23 @@ def test_a_probe_for_punctuation_is_found_in_a_real_model(tiny_lm, tmp_path, sha
         sae.W_enc[:, 0] = probe
         sae.b_enc -= 0.1
     found = semantic_consistency(sae, labelled, top=20)
-    assert (found.latent[0], semantics.UPOS[found.label[0]]) == (0, "PUNCT")
+    assert (found.latent[0], semantics_data.UPOS[found.label[0]]) == (0, "PUNCT")
     assert found.share[0] >= 0.95
     shuffled = np.random.default_rng(0).permutation(labelled.label)
-    by_chance = Labelled("pos", semantics.UPOS, labelled.activations, shuffled)
+    by_chance = Labelled("pos", semantics_data.UPOS, labelled.activations, shuffled)
     assert semantic_consistency(sae, by_chance, top=20).share[0] < 0.6
-    again = semantics.prepare_pos(tiny_lm, HOOK, "reduced", tmp_path / "pos", n_rows=150)
+    again = semantics_data.prepare_pos(tiny_lm, HOOK, "reduced", tmp_path / "pos", n_rows=150)
     assert (again.label == labelled.label).all()
 
 
 def test_emotions_are_those_of_whole_comments(tiny_lm, tmp_path, shared_data):
-    labelled = semantics.prepare_emotion(tiny_lm, HOOK, "reduced", tmp_path / "emo", n_rows=60)
+    labelled = semantics_data.prepare_emotion(tiny_lm, HOOK, "reduced", tmp_path / "emo", n_rows=60)
     assert labelled.row_id is not None
     assert len(labelled.label) == len(labelled.row_id) == 60
     assert labelled.names.index("neutral") not in labelled.label
     first = next(
         (text, labels)
-        for text, labels in semantics.read_emotions(shared_data / "goemotions", "dev")
+        for text, labels in semantics_data.read_emotions(shared_data / "goemotions", "dev")
         if len(labels) == 1 and labelled.names[labels[0]] != "neutral"
     )
     assert labelled.label[0] == first[1][0]
@@ -235,4 +229,4 @@ def test_emotions_are_those_of_whole_comments(tiny_lm, tmp_path, shared_data):
 def test_absent_texts_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("SAE_APPS_SHARED_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"nowhere, got no such folder: set SAE_APPS_SHARED_DATA"):
-        semantics.shared_data()
+        semantics_data.shared_data()

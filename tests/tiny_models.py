@@ -11,6 +11,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from sae_core.sae import SAE, SAEConfig
+
 N_LAYERS = 4
 D_MODEL = 32
 SLIDING_WINDOW = 16
@@ -63,3 +65,13 @@ def tiny_model(architecture: str, attention: str = "sdpa") -> torch.nn.Module:
         torch.manual_seed(0)
         config = _config(architecture)
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def mirror_sae() -> SAE:
+    """Reads the positive and the negative part of every dimension: an exact reconstruction."""
+    sae = SAE(SAEConfig(64, 128, "relu"))
+    eye = torch.eye(64)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([eye, -eye], dim=1))
+        sae.W_dec.copy_(torch.cat([eye, -eye]))
+    return sae.eval()
