@@ -140,6 +140,6 @@ def map_shard(
             raise ValueError(f"{len(maps[0])} tokens instead of {n}")
         if maps[0].ndim != 2 or any(stored.ndim != 1 for stored in maps[1:]):
             raise ValueError(f"values of shape {list(maps[0].shape)}")
-    except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, OSError, RecursionError) as error:
         raise CorruptFileError(f"{path}: expected a shard, got {reason(error)}.") from error
     return maps[0], maps[1], maps[2]

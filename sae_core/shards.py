@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae_core.activations import Activations, harvest_batches
 from sae_core.disk import disk_errors
-from sae_core.errors import UserError
+from sae_core.errors import CorruptFileError, UserError
 from sae_core.models import LanguageModel
 from sae_core.shard_file import DTYPES, check_digest, check_size, map_shard
 from sae_core.shard_folder import MANIFEST, Journal, read_manifest
@@ -210,6 +210,11 @@ class ShardedActivations:
             if verify:
                 check_digest(folder, shard)
             maps.append(map_shard(folder / shard.file, shard.tokens, hook_point, settings["dtype"]))
+            if (width := maps[-1][0].shape[1]) != (d_in := maps[0][0].shape[1]):
+                raise CorruptFileError(
+                    f"{folder / shard.file}: expected tokens of width {d_in} as in the first "
+                    f"shard, got {width}."
+                )
         stored = manifest | {"shards": [asdict(shard) for shard in shards]}
         starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
         return ShardedActivations(

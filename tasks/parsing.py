@@ -227,6 +227,8 @@ def take(cls: type, values: Mapping[str, Any] | Namespace) -> Any:
     Raises:
         UserError: a field without default is absent, or the dataclass refuses a value.
     """
+    if not isinstance(values, Mapping | Namespace):
+        raise UserError(f"Expected the fields of {cls.__name__}, got {values!r:.100}.")
     given = values.as_dict() if isinstance(values, Namespace) else dict(values)
     hints = get_type_hints(cls)
     chosen: dict[str, Any] = {}

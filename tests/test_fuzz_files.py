@@ -55,13 +55,14 @@ def sae(tmp_path: Path) -> Path:
 # --- sizes that a header claims -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("d_sae", [HUGE, 1 << 34])
+@pytest.mark.parametrize("d_sae", [HUGE, 1 << 34, 1 << 26])
 def test_an_sae_that_claims_more_latents_than_its_file_holds(sae: Path, d_sae: int) -> None:
     config = json.loads((sae / "config.json").read_text())
     config["sae"]["d_sae"] = d_sae
     (sae / "config.json").write_text(json.dumps(config))
     reseal(sae)
-    with pytest.raises(CorruptFileError, match=r"expected an SAE, got .*W_enc \[4, 8\]"):
+    found = "W_enc \\[4, 8\\]" if d_sae == 1 << 26 else "d_sae must be at most 67108864"
+    with pytest.raises(CorruptFileError, match=f"expected an SAE, got .*{found}"):
         load_sae(sae)
 
 
@@ -130,6 +131,29 @@ def test_a_shard_whose_shape_has_no_bytes_in_64_bits(tmp_path: Path) -> None:
         with pytest.raises(CorruptFileError, match="expected a shard, got ValueError"):
             map_shard(file, n, "layers.0.out", "float32")
         file.write_bytes(content)
+
+
+def test_shards_of_two_widths_and_an_offset_that_is_a_text(tmp_path: Path, tiny_lm) -> None:
+    from sae_core.activations import Activations, HarvestConfig
+    from sae_core.shard_file import write_shard
+    from sae_core.shards import ShardedActivations, harvest_shards
+    from sae_core.text import rows_from_texts
+
+    rows, point = rows_from_texts(["Once there was a dog. " * 9] * 4), "layers.0.out"
+    folder = tmp_path / "stored"
+    maps = harvest_shards(
+        tiny_lm, rows, [point], folder, HarvestConfig(window_rows=1), shard_tokens=40
+    )[point].maps
+    assert len(maps) > 1
+    file, n = folder / "shard-00001.safetensors", len(maps[1][0])
+    keys = torch.arange(n), torch.arange(n, dtype=torch.int32)
+    write_shard(file, [{point: Activations(torch.ones(n, 3), *keys)}], "float32")
+    reseal(folder)
+    with pytest.raises(CorruptFileError, match="shard-00001.*as in the first shard, got 3"):
+        ShardedActivations.open(folder, point)
+    header(file, {"row_id": {"dtype": "I64", "shape": [n], "data_offsets": ""}})
+    with pytest.raises(CorruptFileError, match="expected a shard, got IndexError"):
+        map_shard(file, n, point, "float32")
 
 
 # --- bombs --------------------------------------------------------------------------------------

@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as torch_save
 from scipy import sparse
 
 from benchmarks.fuzz_corpus import reseal
 from sae_apps.selection.codes import IndexConfig
 from sae_apps.selection.index import SparseIndex
 from sae_apps.suppression.app import App, load_app, save_app
+from sae_apps.suppression.reader import LatentReader
 from sae_apps.suppression.units import Units
 from sae_apps.tasks.common import read_json, to_json
 from sae_apps.tasks.featurize import open_run
@@ -96,6 +100,48 @@ def test_a_hostile_index_is_refused_before_a_compiled_loop_sees_it(index: Path, 
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("weights", torch.zeros(2, 3)),
+        ("evidence", torch.zeros(2, 3)),
+        ("neutral", torch.zeros(1, dtype=torch.bool)),
+        ("edges", torch.zeros(1, 1).to(torch.float8_e4m3fn)),
+        ("index", torch.zeros(1)),
+        ("reader.encoder", torch.zeros(5, 2)),
+        ("reader.chosen", torch.zeros(1)),
+        ("reader.offset", torch.zeros(1, 2)),
+    ],
+)
+def test_a_suppression_whose_tensors_do_not_fit(tmp_path: Path, name: str, tensor) -> None:
+    two, one = torch.zeros(2), torch.zeros(1, 4)
+    chosen = torch.tensor([1])
+    reader = LatentReader(torch.zeros(4, 2), two, two.clone(), two.clone(), chosen, one, True, 1)
+    units = Units("latents", "layers.0.out", 1, 4, "m", "r", index=torch.tensor([3]), reader=reader)
+    table = torch.zeros(1, 3)
+    app = App(units, torch.zeros(1, 1), table, table.clone(), torch.zeros(1), 0.5, ("x",))
+    save_app(tmp_path / "app", app)
+    assert load_app(tmp_path / "app").apply(torch.ones(2, 4)).shape == (2, 4)
+    file = tmp_path / "app" / "app.safetensors"
+    torch_save(load_torch(file) | {name: tensor}, file)
+    reseal(tmp_path / "app")
+    with pytest.raises(CorruptFileError, match=f"expected an App, got ValueError.*{name} of shape"):
+        load_app(tmp_path / "app")
+
+
+def test_a_suppression_that_is_not_ranked_reads_its_units_alone(tmp_path: Path) -> None:
+    units = Units("latents", "layers.0.out", 1, 4, "m", "r", index=torch.tensor([3]))
+    two, one = torch.zeros(2), torch.zeros(1, 4)
+    reader = LatentReader(torch.zeros(4, 2), two, two + 1, two + 2, torch.tensor([1]), one, True, 0)
+    app = App(
+        replace(units, reader=reader), torch.zeros(1, 1), torch.zeros(1, 3), torch.zeros(1, 3),
+        torch.zeros(1), 0.5, ("x",),
+    )  # fmt: skip
+    save_app(tmp_path / "app", app)
+    with pytest.raises(CorruptFileError, match="reader.encoder of shape"):
+        load_app(tmp_path / "app")
+
+
 @pytest.mark.parametrize("place", [HUGE, 4, -1])
 def test_a_suppression_of_units_that_are_not_there(tmp_path: Path, place: int) -> None:
     units = Units("residual", "layers.0.out", 1, 4, "m", "r", index=torch.tensor([3]))
@@ -155,6 +201,18 @@ def test_a_device_that_torch_does_not_know(run: Path, device: object) -> None:
 def test_a_sparsity_that_is_no_number(k: object) -> None:
     with pytest.raises(UserError, match=r"sae.k must be a whole number"):
         TrainSettings(sae={"k": k})
+
+
+@pytest.mark.parametrize("value", ["xyz", [1, 2], 5])
+def test_settings_that_are_no_object(value: object) -> None:
+    identity = json.loads(to_json(TrainSettings().identity())) | {"train": value}
+    with pytest.raises(UserError, match="Expected the fields of TrainConfig, got"):
+        TrainSettings.of_identity(identity)
+
+
+def test_more_latents_than_there_are_bytes() -> None:
+    with pytest.raises(UserError, match=f"d_sae must be at most 67108864, got {HUGE}"):
+        TrainSettings(sae={"d_sae": HUGE})
 
 
 def test_settings_of_another_type_are_of_another_version() -> None:

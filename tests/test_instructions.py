@@ -219,6 +219,8 @@ def test_a_bare_tool_call_has_no_text() -> None:
          r"records row 1, message 0: unknown role 'narrator'; expected one of system, "),
         ([CHAT[1], {"text": "x"}], "message 1: expected the keys role and content, .* got text"),
         ([CHAT[1], "x"], "message 1: expected an object, got str"),
+        ({"role": ["user"], "content": ["a", "b"]}, r"lists of one length .*got \[1, 2\]"),
+        ({"role": "user", "content": 3}, r"lists of one length .*got \[0, 0\]"),
         ("hello", "expected a list of messages in column 'messages', got str"),
         ([{"role": "user", "content": 3}], "message 0: expected text under 'content', got int"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "parts of text .* got image_url"),

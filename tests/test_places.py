@@ -205,6 +205,8 @@ def test_limit_and_least_population_of_a_table():
         ("name,lat,lon,lat\na,1,2,3\n", "every column once, got lat"),
         ("row_id,name,lat,lon\n5,a,1,2\n5,b,2,3\n", "every row_id once, got 5 2 times"),
         ("row_id,name,lat,lon\n5.5,a,1,2\n", "whole number as row_id, got '5.5'"),
+        (f"row_id,name,lat,lon\n{2**63},a,1,2\n", f"whole number as row_id, got '?{2**63}"),
+        (f"row_id,name,lat,lon\n{10**20},a,1,2\n", "whole number as row_id, got '?1"),
         ("row_id,name,lat,lon\n,a,1,2\n", "a row_id for every place, got nothing for row 0"),
         ('name,lat,lon,population\na,1,2,"1,234"\n', "whole number as population, got '1,234'"),
         ("name,lat,lon\n", "at least one place in own.csv, got none"),

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from test_embed import HOOK_POINT, perfect_sae, with_template
@@ -228,6 +229,10 @@ def test_a_damaged_pool_is_noticed(encoder, tmp_path) -> None:
     file.write_bytes(bytes(data))
     with pytest.raises(CorruptFileError, match="features.safetensors was altered"):
         list(pool)
+    rows = pq.read_table(folder / "shard-00000" / "rows.parquet")
+    pq.write_table(rows.drop(["row_id"]), folder / "shard-00000" / "rows.parquet")
+    with pytest.raises(CorruptFileError, match="rows.parquet: expected a table of rows, got KeyE"):
+        pool.rows()
     (folder / "shard-00001").rename(tmp_path / "away")
     with pytest.raises(CorruptFileError, match="shard-00001 is missing: expected 2 shards"):
         open_pool(folder)

@@ -55,6 +55,8 @@ def _typed(
     column: pa.ChunkedArray, what: str, kind: pa.DataType, who: Sequence[str]
 ) -> pa.Array | pa.ChunkedArray:
     if kind == pa.string():
+        if pa.types.is_nested(column.type):
+            raise UserError(f"Expected texts as {what}, got {column.type}.")
         texts = [text if text is None else text.strip() for text in column.cast(kind).to_pylist()]
         # an empty cell of a csv file is no label; an empty name is refused where places are made
         return pa.array(texts if what == "name" else [text or None for text in texts], kind)
@@ -86,12 +88,15 @@ def _real(value: object) -> float:
 def _whole(value: object) -> int:
     text = str(value).strip()
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        number = float(text)
-        if number != int(number):
+        real = float(text)
+        number = int(real)
+        if number != real:
             raise ValueError(text) from None
-        return int(number)
+    if not -(2**63) <= number < 2**63:
+        raise OverflowError(text)
+    return number
 
 
 def populous(table: pa.Table, source: str, least: int | None) -> tuple[pa.Table, str]:

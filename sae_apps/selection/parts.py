@@ -122,7 +122,11 @@ def _is_list(value: Any) -> bool:
 
 def _messages(value: Any, name: str, place: str) -> list[Turn]:
     if isinstance(value, Mapping):  # `datasets` may hold a list of objects as an object of lists
-        keys = list(value)
+        keys, lengths = list(value), [len(one) if _is_list(one) else 0 for one in value.values()]
+        if len(set(lengths)) != 1 or not lengths[0]:
+            raise UserError(
+                f"{place}: expected lists of one length in column {name!r}, got {lengths}."
+            )
         value = [dict(zip(keys, one, strict=True)) for one in zip(*value.values(), strict=True)]
     if not _is_list(value):
         kind = type(value).__name__

@@ -27,7 +27,7 @@ from sae_core.features import SparseFeatures
 from sae_core.provenance import Provenance
 from sae_core.sealed import sealed, unsealed
 from sae_core.store import load_features, recover_folder, save_features
-from sae_core.untrusted import read_object, read_table
+from sae_core.untrusted import read_object, read_table, reading
 
 MANIFEST, FINISHED = "pool.json", "finished.json"
 ROWS = "rows.parquet"
@@ -198,12 +198,15 @@ def open_pool(folder: str | Path) -> PoolFeatures:
     n_shards = finished.get("n_shards")
     if not isinstance(n_shards, int) or n_shards < 1:
         raise CorruptFileError(f"{folder / FINISHED}: expected n_shards of 1, got {n_shards!r}.")
-    shards = tuple(_shard(folder, number) for number in range(n_shards))
-    for shard in shards:
-        recover_folder(shard)
-        if not shard.is_dir():
-            raise CorruptFileError(f"{shard} is missing: expected {n_shards} shards in {folder}.")
-    return PoolFeatures(shards, manifest | finished)
+    shards = []
+    for number in range(n_shards):
+        shards.append(_shard(folder, number))
+        recover_folder(shards[-1])
+        if not shards[-1].is_dir():  # before a claim of 2^60 is counted through
+            raise CorruptFileError(
+                f"{shards[-1]} is missing: expected {n_shards} shards in {folder}."
+            )
+    return PoolFeatures(tuple(shards), manifest | finished)
 
 
 def is_pool(folder: str | Path) -> bool:
@@ -259,7 +262,13 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _row_table(shard: Path | SparseFeatures) -> pa.Table:
-    table = shard.rows if isinstance(shard, SparseFeatures) else read_table(shard / ROWS)
+    if isinstance(shard, SparseFeatures):
+        return _row_columns(shard.rows)
+    with reading("a table of rows", shard / ROWS):
+        return _row_columns(read_table(shard / ROWS))
+
+
+def _row_columns(table: pa.Table) -> pa.Table:
     # features made elsewhere know the pooled tokens at most
     name = next((name for name in ("length", "n_tokens") if name in table.column_names), None)
     tokens = np.ones(table.num_rows) if name is None else table[name].to_numpy()

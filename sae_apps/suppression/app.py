@@ -155,20 +155,51 @@ def load_app(folder: str | Path) -> App:
         parts = {name: tensors.pop(f"reader.{name}") for name in _READER if "reader" in facts}
         reader = LatentReader(**parts, **facts.pop("reader")) if parts else None
         known = facts.pop("units")
-        if known["kind"] not in KINDS or len(index) != len(tensors["weights"]):
-            raise KeyError("units")
-        _check_index(index, known, reader)
+        if known["kind"] not in KINDS:
+            raise KeyError(known["kind"])
+        _check_units(index, known, reader)
+        _check_tables(tensors, len(index))
         units = Units(**known, n_units=len(index), index=index, reader=reader)
         for name in ("concepts", "special_ids"):
             facts[name] = tuple(facts[name])
         return App(units=units, **tensors, **facts)
 
 
-def _check_index(index: Tensor, known: dict, reader: LatentReader | None) -> None:
+def _check_units(index: Tensor, known: dict, reader: LatentReader | None) -> None:
     """Numbers of units that lead out of a tensor would be read wherever they point."""
+    d_in, n_units, width = int(known["d_in"]), len(index), int(known["d_in"])
+    if not 0 < d_in < 1 << 24:
+        raise ValueError(f"activations of width {d_in}")
+    _check("index", index, (n_units,), _WHOLE)
+    if reader is not None:
+        if type(reader.k) is not int or reader.k < 0:
+            raise ValueError(f"k {reader.k!r}")
+        width = reader.encoder.shape[-1] if reader.k else n_units
+        _check("reader.encoder", reader.encoder, (d_in, width))
+        _check("reader.decoder", reader.decoder, (n_units, d_in))
+        _check("reader.chosen", reader.chosen, (n_units,), _WHOLE)
+        for name in ("offset", "threshold", "gate_bias"):
+            _check(f"reader.{name}", getattr(reader, name), (width,))
     places = index if reader is None else reader.chosen
-    width = int(known["d_in"]) if reader is None else reader.encoder.shape[1]
-    if len(places) and not 0 <= int(places.min()) <= int(places.max()) < width:
+    if n_units and not 0 <= int(places.min()) <= int(places.max()) < width:
         raise ValueError(f"units {int(places.min())} to {int(places.max())} of {width}")
-    if not 0 < int(known["d_in"]) < 1 << 24:
-        raise ValueError(f"activations of width {known['d_in']}")
+
+
+def _check_tables(tables: dict[str, Tensor], n_units: int) -> None:
+    """Tables that fit neither the units nor each other would fail at the first token only."""
+    n_bins = tables["weights"].shape[-1]
+    for name, columns in (("weights", n_bins), ("evidence", n_bins), ("edges", n_bins - 2)):
+        _check(name, tables[name], (n_units, columns))
+    _check("neutral", tables["neutral"], (n_units,))
+
+
+_FLOAT, _WHOLE = (torch.float32, torch.float64), (torch.int32, torch.int64)
+
+
+def _check(
+    name: str, tensor: Tensor, shape: tuple[int, ...], types: tuple[torch.dtype, ...] = _FLOAT
+) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in types:
+        raise ValueError(
+            f"{name} of shape {list(tensor.shape)} and {tensor.dtype} where {list(shape)} belongs"
+        )
