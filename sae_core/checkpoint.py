@@ -147,14 +147,16 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _restore_adam(sae: SAE, state: TrainState, tensors: dict[str, Tensor]) -> None:
-    """Put Adam's moments back with each parameter's own strides (W_enc is stored by columns)."""
+    """Put Adam's moments back; a moment of what is no parameter here is refused."""
     assert state.optimizer is not None
     owned = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
-    for name, parameter in sae.named_parameters():
-        if id(parameter) not in owned or f"adam.step.{name}" not in tensors:
-            continue
-        values: dict[str, Any] = {"step": tensors[f"adam.step.{name}"]}
+    parameters = {name: p for name, p in sae.named_parameters() if id(p) in owned}
+    steps = _part(tensors, "adam.step.")
+    if strange := sorted(set(steps) - set(parameters)):
+        raise ValueError(f"moments of {strange}")
+    for name, step in steps.items():
+        values: dict[str, Any] = {"step": step}
         for key in ("exp_avg", "exp_avg_sq"):
-            values[key] = torch.empty_like(parameter, requires_grad=False)
+            values[key] = torch.empty_like(parameters[name], requires_grad=False)
             values[key].copy_(tensors[f"adam.{key}.{name}"])
-        state.optimizer.state[parameter] = values
+        state.optimizer.state[parameters[name]] = values

@@ -22,6 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.gba import assign_groups
+from sae_core.kernels.active import positive
+from sae_core.nonlinearity import kth_largest
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
 
@@ -46,15 +48,16 @@ def follow_demand(
     sae: SAE, u: Float[Tensor, "n d_in"], state: TrainState, config: TrainConfig
 ) -> None:
     """Measure the demand on a batch and give groups and targets of the state anew."""
-    u = u[:TOKENS]
-    raw = (u - sae.b_dec) @ sae.W_enc
-    kth = raw.flatten().topk(min(raw.numel(), sae.config.k * len(u)), sorted=False).values.min()
+    u, dtype = u[:TOKENS], getattr(torch, config.precision)
+    raw = (u - sae.b_dec).to(dtype) @ sae.W_enc.to(dtype)
+    kth = kth_largest(raw.flatten(), min(raw.numel(), sae.config.k * len(u))).float()
     if dist.is_initialized():
         dist.all_reduce(kth)
         kth /= dist.get_world_size()
     memory = MEMORY if len(state.demand) else 0.0
     state.threshold = memory * state.threshold + (1 - memory) * float(kth)
-    above = (raw > state.threshold).double().mean(0)
+    latent = positive(raw.sub_(state.threshold)) % sae.d_sae
+    above = torch.bincount(latent, minlength=sae.d_sae).double() / len(u)
     if dist.is_initialized():
         dist.all_reduce(above)
         above /= dist.get_world_size()

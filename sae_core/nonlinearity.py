@@ -37,17 +37,23 @@ def batch_topk(pre: Float[Tensor, "n d_sae"], k: int) -> Codes:
     """The n*k largest pre-activations of the batch, of those the positive ones."""
     if not 1 <= k <= pre.shape[1]:
         raise UserError(f"k must lie between 1 and d_sae={pre.shape[1]}, got {k}.")
-    wanted = k * pre.shape[0]
-    flat = pre.flatten()
-    # a strided sample guesses a bound that about 1.5 times as many exceed; ranking only those is
-    # exact where enough do, and several times cheaper than ranking all n * d_sae
-    sample = flat[::37]
-    rank = max(1, sample.shape[0] - int(1.5 * wanted * sample.shape[0] / flat.shape[0]))
-    candidates = flat[flat > sample.kthvalue(rank).values]
-    if candidates.shape[0] < wanted:
-        candidates = flat
-    smallest = candidates.kthvalue(candidates.shape[0] - wanted + 1).values
+    smallest = kth_largest(pre.flatten(), k * pre.shape[0])
     return codes_where(pre >= smallest.clamp_min(torch.finfo(pre.dtype).tiny), pre)
+
+
+def kth_largest(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
+    """The k-th largest of n values, 1 <= k <= n.
+
+    A strided sample guesses a bound that about 1.5 k exceed; ranking only those is exact where at
+    least k do, and several times cheaper than ranking all.
+    """
+    n = values.shape[0]
+    sample = values[::37]
+    rank = max(1, sample.shape[0] - int(1.5 * k * sample.shape[0] / n))
+    candidates = values[values > sample.kthvalue(rank).values]
+    if candidates.shape[0] < k:
+        candidates = values
+    return candidates.kthvalue(candidates.shape[0] - k + 1).values
 
 
 class _Jump(torch.autograd.Function):

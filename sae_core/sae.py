@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from sae_core import nonlinearity
 from sae_core.errors import UserError
-from sae_core.kernels import autograd, sparse
+from sae_core.kernels import autograd
 from sae_core.kernels.codes import Codes
 from sae_core.store import atomic_folder, verify_folder
-from sae_core.untrusted import read_object, reading
+from sae_core.untrusted import MAX_D_SAE, read_object, reading
 
 Kind = Literal["gba", "topk", "batch_topk", "jumprelu", "relu"]
 
@@ -70,6 +70,8 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
             raise UserError(f"d_in and d_sae must be positive, got {self.d_in} and {self.d_sae}.")
+        if self.d_sae > MAX_D_SAE:
+            raise UserError(f"d_sae must be at most {MAX_D_SAE}, got {self.d_sae}.")
         if self.k == 0:
             object.__setattr__(self, "k", identifiable_k(self.d_in, self.d_sae))
         most = self.d_sae if self.kind in ("topk", "batch_topk") else self.k
@@ -105,20 +107,25 @@ class SAE(nn.Module):
         self.config = config
         rows = torch.randn(config.d_sae, config.d_in, generator=generator)
         rows /= rows.norm(dim=1, keepdim=True)
-        # stored latent by latent (strides 1, d_in): a sparse gradient arrives that way, and a
-        # latent's encoder vector is contiguous
-        self.W_enc = nn.Parameter(rows.clone().T)
+        # latent by latent: a sparse gradient arrives that way, a latent's encoder vector is
+        # contiguous, and Adam wants a contiguous parameter
+        self._encoder = nn.Parameter(rows.clone())
         if not config.tied:
-            self._W_dec = nn.Parameter(rows)
+            self._decoder = nn.Parameter(rows)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae), config.kind != "gba")
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.scale = nn.Parameter(torch.ones(config.d_sae), config.kind == "gba")
         self.threshold = nn.Parameter(torch.zeros(config.d_sae), config.kind == "jumprelu")
 
     @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        """Column j is what latent j reads; a view, whose columns are contiguous."""
+        return self._encoder.T
+
+    @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
         """Row j is the direction of latent j (tied: the encoder's column j)."""
-        return self.W_enc.T if self.config.tied else self._W_dec
+        return self._encoder if self.config.tied else self._decoder
 
     @property
     def d_in(self) -> int:
@@ -133,12 +140,12 @@ class SAE(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters lie."""
-        return self.W_enc.device
+        return self._encoder.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
-        return self.W_enc.dtype
+        return self._encoder.dtype
 
     def normalise(
         self, x: Float[Tensor, "n d_in"]
@@ -148,7 +155,7 @@ class SAE(nn.Module):
             raise UserError(
                 f"The SAE reads activations [n, d_in={self.d_in}], got shape {list(x.shape)}."
             )
-        x = x.to(self.W_enc.dtype)
+        x = x.to(self._encoder.dtype)
         if self.config.normalize == "none":
             return x, x.new_ones(x.shape[0], 1)
         norm = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
@@ -159,7 +166,7 @@ class SAE(nn.Module):
         self, u: Float[Tensor, "n d_in"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "n d_sae"]:
         """(u - b_dec) W_enc + b_enc, multiplied in `dtype`; no gradient."""
-        if dtype == self.W_enc.dtype or dtype == torch.float32:
+        if dtype == self._encoder.dtype or dtype == torch.float32:
             return torch.addmm(self.b_enc, u - self.b_dec, self.W_enc)
         return torch.addmm(self.b_enc.to(dtype), (u - self.b_dec).to(dtype), self.W_enc.to(dtype))
 
@@ -220,25 +227,18 @@ class SAE(nn.Module):
         acts = self.gate(self.select(pre)).to_dense()
         return SAEOutput(self.decode(acts) * norm, acts, pre)
 
-    def exact_values(self, u: Float[Tensor, "n d_in"], codes: Codes) -> Codes:
-        """Codes with pre-activations recomputed in full precision at the active entries."""
-        y = sparse.sampled(codes, u - self.b_dec, self.W_enc.T)
-        return codes.with_values(y + self.b_enc.index_select(0, codes.col))
-
     def unit_matrices(self) -> list[Tensor]:
-        """The matrices whose latents `project` keeps at unit norm."""
-        found: list[Tensor] = [self.W_enc] if self.config.kind == "gba" else []
+        """The parameters [d_sae, d_in] whose rows `project` keeps at unit norm."""
+        found: list[Tensor] = [self._encoder] if self.config.kind == "gba" else []
         if not self.config.tied:
-            found.append(self._W_dec)
+            found.append(self._decoder)
         return found
 
     @torch.no_grad()
     def project(self) -> None:
         """Unit norm for decoder rows, and for encoder columns where the kind asks for it."""
-        if not self.config.tied:
-            self._W_dec /= self._W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        if self.config.kind == "gba":
-            self.W_enc /= self.W_enc.norm(dim=0, keepdim=True).clamp_min(1e-12)
+        for rows in self.unit_matrices():
+            rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     def tensors(self) -> dict[str, Tensor]:
         """Named tensors as saved: W_dec only where it is its own."""

@@ -1,57 +1,58 @@
 """One training step: gradient step, firing counts, bias step."""
 
-from types import ModuleType
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae_core import gba, loss, nonlinearity, reweighting
+from sae_core import gba, loss, reweighting
 from sae_core.firing import FiringStats
-from sae_core.kernels import autograd, sparse
+from sae_core.kernels import active, autograd, sparse
 from sae_core.kernels.choice import kernels
 from sae_core.kernels.codes import Codes
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
 
-FUSED_KINDS = ("gba", "jumprelu", "relu")  # what decides, a threshold, is known before the product
+RANKED = ("topk", "batch_topk")  # the others compare with a threshold known before the product
 ROOM = 2  # times the entries asked for: place reserved for a batch's codes before they are counted
 
 
-def _fused_active_set(
-    fast: ModuleType, sae: SAE, u: Tensor, config: TrainConfig
-) -> Codes | None:
-    """As `_active_set` for a kind of FUSED_KINDS, without pre-activations in memory.
+@torch.no_grad()
+def _above_threshold(sae: SAE, u: Tensor, config: TrainConfig) -> Codes:
+    """Active entries of a kind that needs no ranking: no pre-activations of a whole batch."""
+    x, jump = u - sae.b_dec, sae.config.kind == "jumprelu"
+    # entries just below the threshold of jumprelu carry its gradient
+    threshold = sae.threshold - config.sparsity.bandwidth / 2 if jump else None
+    low, dtype = None if jump else 0.0, getattr(torch, config.precision)
+    if (fast := kernels(u)) is not None:
+        codes = fast.active_codes(
+            x, sae.W_enc, sae.b_enc, threshold, dtype, room=ROOM * sae.config.k * len(u),
+            low=low, most=sparse.DENSE_ABOVE * len(u) * sae.d_sae,
+        )  # fmt: skip
+        if codes is not None:
+            return codes
+    codes = active.active_codes(x, sae.W_enc, sae.b_enc, threshold, dtype)
+    return codes if low is None else codes.keep(codes.values > low)
 
-    None for a batch so dense, as in the first steps from biases 0, that dense products are faster.
-    """
-    jump = sae.config.kind == "jumprelu"
-    return fast.active_codes(
-        u - sae.b_dec, sae.W_enc, sae.b_enc,
-        sae.threshold - config.sparsity.bandwidth / 2 if jump else None,
-        getattr(torch, config.precision), room=ROOM * sae.config.k * len(u),
-        low=None if jump else 0.0, most=sparse.DENSE_ABOVE * len(u) * sae.d_sae,
-    )  # fmt: skip
+
+@torch.no_grad()
+def _ranked(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor]:
+    """Active entries of TopK and BatchTopK, and the pre-activations in float32."""
+    pre = sae.pre_activations(u, getattr(torch, config.precision)).float()
+    codes = sae.select(pre)
+    if config.precision != "float32":
+        codes = active.exact_values(u - sae.b_dec, sae.W_enc, sae.b_enc, codes)
+        codes = codes.keep(codes.values > 0)
+    return codes, pre
 
 
 def _active_set(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor | None]:
     """Active entries with exact pre-activations, and the dense pre-activations if there are any."""
-    fast = kernels(u)
-    if fast is not None and sae.config.kind in FUSED_KINDS:
-        codes = _fused_active_set(fast, sae, u, config)
-        if codes is not None:
-            return codes, None
-    pre = sae.pre_activations(u, getattr(torch, config.precision))
-    if sae.config.kind in ("topk", "batch_topk"):
-        pre = pre.float()  # ranked in the type of the values
-    if sae.config.kind == "jumprelu":  # entries just below the threshold carry its gradient
-        codes = nonlinearity.jumprelu(pre, sae.threshold - config.sparsity.bandwidth / 2)
+    if sae.config.kind in RANKED:
+        codes, pre = _ranked(sae, u, config)
     else:
-        codes = sae.select(pre)
-    if config.precision != "float32":
-        codes = sae.exact_values(u, codes)
-        codes = codes if sae.config.kind == "jumprelu" else codes.keep(codes.values > 0)
-    return codes, pre
+        codes, pre = _above_threshold(sae, u, config), None
+    # on a GPU the kernels find the order by latent
+    return codes if kernels(u) is not None else codes.grouped(), pre
 
 
 def dead_after_tokens(config: TrainConfig) -> int:
@@ -88,7 +89,7 @@ def _losses(
     error, u_hat = _reconstruction(sae, u, codes, state)
     if sae.config.kind == "relu":
         extra = state.l1 * loss.l1_penalty(codes)
-    if sae.config.kind in ("topk", "batch_topk") and config.sparsity.auxk:
+    if sae.config.kind in RANKED and config.sparsity.auxk:
         dead = state.tokens_since >= dead_after_tokens(config)
         if pre is not None and dead.any():
             k = config.sparsity.auxk_k or sae.d_in // 2

@@ -48,7 +48,11 @@ class StepRecord:
 
 
 class _Window:
-    """Sums behind one StepRecord; FVU is the ratio of sums about the window's mean."""
+    """Sums behind one StepRecord; FVU is the ratio of sums about the window's mean.
+
+    Tokens are counted from the first batch's mean: sums of squares about a point near the mean lose
+    nothing to cancellation in float32, which reads them in a tenth of the time of float64.
+    """
 
     def __init__(self) -> None:
         self.active = self.n = 0.0
@@ -56,11 +60,14 @@ class _Window:
         self.residual: Tensor | float = 0.0
         self.square: Tensor | float = 0.0
         self.total: Tensor | float = 0.0
+        self.origin: Tensor | None = None
 
     def add(self, u: Tensor, u_hat: Tensor, codes: Codes) -> None:
-        self.residual = self.residual + (u - u_hat).square().sum(dtype=torch.float64)
-        self.square = self.square + u.square().sum(dtype=torch.float64)
-        self.total = self.total + u.sum(0, dtype=torch.float64)
+        self.origin = u.mean(0) if self.origin is None else self.origin
+        error, offset = (u - u_hat).flatten(), u - self.origin
+        self.residual = self.residual + error.dot(error).double()
+        self.square = self.square + offset.flatten().dot(offset.flatten()).double()
+        self.total = self.total + offset.sum(0).double()
         self.active += codes.col.shape[0]
         self.n += u.shape[0]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_core.kernels import autograd, eager, sparse
+from sae_core.kernels import active, autograd, eager, sparse
 from sae_core.kernels.codes import Codes, codes_at, codes_where
 
 RTOL64 = 1e-10  # float64 products of at most 60 terms, in another order
@@ -34,6 +34,58 @@ def test_csr_products_equal_the_dense_references(n, d_sae, d, density, seed):
     torch.testing.assert_close(
         sparse.sampled(codes, g, w), eager.sampled(codes, g, w), rtol=RTOL64, atol=RTOL64
     )
+
+
+@given(st.integers(1, 40), st.integers(1, 70), st.sampled_from(["float64", "float32", "bfloat16"]))
+def test_positive_finds_what_nonzero_finds(n, m, dtype):
+    generator = torch.Generator().manual_seed(n * m)
+    matrix = torch.randn(n, m, generator=generator).to(getattr(torch, dtype)) - 1
+    matrix[0, 0] = -0.0
+    expected = (matrix > 0).flatten().nonzero()[:, 0]
+    assert torch.equal(active.positive(matrix), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 256])
+@pytest.mark.parametrize("with_threshold", [False, True])
+def test_active_codes_in_blocks_are_those_of_the_whole_product(rows, with_threshold, monkeypatch):
+    monkeypatch.setattr(active, "LEAST_ROWS", rows)
+    monkeypatch.setattr(active, "BLOCK_BYTES", 0)
+    generator = torch.Generator().manual_seed(5)
+    x, w = (torch.randn(*shape, generator=generator).double() for shape in ((7, 5), (12, 5)))
+    b, threshold = (torch.randn(12, generator=generator).double() for _ in range(2))
+    threshold = threshold if with_threshold else None
+    pre = x @ w.T + b
+    expected = codes_where(pre > (0 if threshold is None else threshold), pre)
+    codes = active.active_codes(x, w.T, b, threshold, torch.float64)
+    assert torch.equal(codes.crow, expected.crow) and torch.equal(codes.row, expected.row)
+    assert torch.equal(codes.col, expected.col)
+    torch.testing.assert_close(codes.values, expected.values, rtol=RTOL64, atol=RTOL64)
+
+
+def test_a_narrow_product_decides_and_the_values_are_exact():
+    generator = torch.Generator().manual_seed(6)
+    x, w = (torch.randn(*shape, generator=generator) for shape in ((64, 24), (96, 24)))
+    b = torch.full((96,), -6.0)
+    codes = active.active_codes(x, w.T, b, dtype=torch.bfloat16)
+    pre = torch.addmm(b, x, w.T)
+    narrow = torch.addmm(b.bfloat16(), x.bfloat16(), w.T.bfloat16())
+    assert torch.equal(codes.to_dense() != 0, narrow > 0) and 0 < len(codes.col) < 64 * 96 / 4
+    torch.testing.assert_close(codes.values, pre[codes.row, codes.col])
+    assert active.active_codes(x[:0], w.T, b).crow.tolist() == [0]
+
+
+def test_grouped_codes_carry_their_order_by_latent():
+    codes = random_codes(9, 40, 0.2, 1)
+    grouped = codes.grouped()
+    assert grouped.by_latent is not None and grouped.grouped() is grouped
+    order, starts = grouped.by_latent
+    assert torch.equal(codes.col[order], codes.col.sort(stable=True).values)
+    assert torch.equal(order, codes.col.argsort(stable=True))
+    assert torch.equal(starts.diff(), torch.bincount(codes.col, minlength=40))
+    assert grouped.with_values(-codes.values).by_latent is grouped.by_latent
+    assert grouped.keep(codes.values > 0).by_latent is None
+    g = torch.randn(9, 4, dtype=torch.float64)
+    assert torch.equal(sparse.matmul_t(grouped, g), sparse.matmul_t(codes, g))
 
 
 def test_codes_round_trip_and_starts():

@@ -43,6 +43,10 @@ class Codes(NamedTuple):
         """Share of entries that are active, in [0, 1]."""
         return self.col.shape[0] / max(1, self.n * self.d_sae)
 
+    def grouped(self) -> "Codes":
+        """The same codes, which carry their order by latent."""
+        return self if self.by_latent else self._replace(by_latent=by_latent(self.col, self.d_sae))
+
     def with_values(self, values: Float[Tensor, "nnz"]) -> "Codes":
         """The same active set with other values."""
         return self._replace(values=values)
@@ -65,8 +69,15 @@ class Codes(NamedTuple):
         )
 
 
+def by_latent(col: Int[Tensor, "nnz"], d_sae: int) -> ByLatent:
+    """Order and starts of the latents of entries."""
+    # a narrow type takes fewer passes of the sort
+    narrow = col.to(torch.int16 if d_sae < 2**15 else torch.int32)
+    return ByLatent(narrow.sort(stable=True).indices, row_starts(col, d_sae))
+
+
 def row_starts(row: Int[Tensor, "nnz"], n: int) -> Int[Tensor, "n_plus_1"]:
-    """Row starts [n + 1] of entries sorted by row."""
+    """Where each of n rows starts, [n + 1], in entries sorted by row."""
     crow = torch.zeros(n + 1, dtype=torch.int64, device=row.device)
     torch.cumsum(torch.bincount(row, minlength=n), 0, out=crow[1:])
     return crow

@@ -54,20 +54,17 @@ def adam_unit_rows(optimizer: torch.optim.Adam, parameter: Tensor) -> None:
 
     Args:
         optimizer: plain Adam (no decay, no amsgrad) that owns the parameter.
-        parameter: [d_sae, d] or, stored latent by latent, [d, d_sae]; with a gradient.
+        parameter: [d_sae, d], contiguous, with a gradient.
     """
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     state = optimizer.state[parameter]
     if not state:  # as torch's fused Adam begins
         state["step"] = torch.zeros((), device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
     state["step"] += 1
     assert parameter.grad is not None
-    p, g, m, v = (
-        t if parameter.is_contiguous() else t.T
-        for t in (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-    )
+    p, g, m, v = parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
     n, d = p.shape
     columns = power_of_2(d)
     beta1, beta2 = group["betas"]
