@@ -58,10 +58,11 @@ def reconstruction_loss(
         variance: of the data, weighted likewise: sum_j gamma_j^2 var_j.
         squared_weights: gamma^2 of every dimension; None: all 1.
     """
-    square = (u_hat - u).square()
-    if squared_weights is not None:
-        square = square * squared_weights
-    return square.sum() / (u.shape[0] * variance)
+    if squared_weights is None:
+        total = torch.nn.functional.mse_loss(u_hat, u, reduction="sum")
+    else:
+        total = ((u_hat - u).square() * squared_weights).sum()
+    return total / (u.shape[0] * variance)
 
 
 def l1_penalty(codes: Codes) -> Float[Tensor, ""]:

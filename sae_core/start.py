@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sae_core import gba
 from sae_core.firing import FiringStats
+from sae_core.kernels.adam import Adam
 from sae_core.reweighting import start_weights
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
@@ -16,8 +17,8 @@ SPREAD = 0.59
 OFFSETS = ("b_dec", "b_enc", "threshold")
 
 
-def make_optimizer(sae: SAE, config: TrainConfig, spread: float) -> torch.optim.Adam:
-    """Fused Adam over what the gradient step owns: b_enc of kind gba is not among it.
+def make_optimizer(sae: SAE, config: TrainConfig, spread: float) -> Adam:
+    """Adam over what the gradient step owns: b_enc of kind gba is not among it.
 
     A step of Adam is about as long as its rate, whatever the gradient. The offsets have the unit of
     the tokens, so where these hardly vary, as behind the massive dimensions of Gemma-3-270m (0.21
@@ -37,7 +38,7 @@ def make_optimizer(sae: SAE, config: TrainConfig, spread: float) -> torch.optim.
     groups = [{"params": list(trained.values()), "factor": 1.0}]
     if offsets:
         groups.append({"params": offsets, "factor": min(1.0, (spread / SPREAD) ** 2)})
-    return torch.optim.Adam(groups, lr=0.0, fused=True)
+    return Adam(groups)
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> Tra
     u, _ = sae.normalise(sample)
     mean = u.mean(0)
     sae.b_dec.copy_(mean)
-    variance = float((u - mean).square().sum(1).mean().clamp_min(1e-30))
+    variance = max(float(u.var(0, correction=0).sum()), 1e-30)
     state = TrainState(
         variance=variance, spread=variance**0.5, l1=config.sparsity.l1,
         firing=FiringStats(sae.d_sae, u.device),

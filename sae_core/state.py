@@ -10,6 +10,7 @@ from torch import Tensor
 from sae_core.errors import UserError
 from sae_core.firing import FiringStats
 from sae_core.gba import GBAConfig
+from sae_core.kernels.adam import Adam
 from sae_core.loss import SparsityConfig
 from sae_core.reweighting import WeightConfig, Weights
 
@@ -71,7 +72,7 @@ class TrainState:
     demand: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     firing: FiringStats = field(default_factory=lambda: FiringStats(0))
     tokens_since: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    optimizer: torch.optim.Adam | None = None
+    optimizer: Adam | None = None
     weights: Weights | None = None
 
     @property

@@ -7,6 +7,7 @@ from torch import Tensor
 from sae_core import gba, loss, reweighting
 from sae_core.firing import FiringStats
 from sae_core.kernels import active, autograd, sparse
+from sae_core.kernels.adam import Adam
 from sae_core.kernels.choice import kernels
 from sae_core.kernels.codes import Codes
 from sae_core.sae import SAE
@@ -97,7 +98,7 @@ def _losses(
     return error + extra, fired, u_hat
 
 
-def _average_gradients(optimizer: torch.optim.Adam) -> None:
+def _average_gradients(optimizer: Adam) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -105,7 +106,7 @@ def _average_gradients(optimizer: torch.optim.Adam) -> None:
                 parameter.grad /= dist.get_world_size()
 
 
-def _update(sae: SAE, optimizer: torch.optim.Adam) -> None:
+def _update(sae: SAE, optimizer: Adam) -> None:
     """Adam's step, then unit norm where the kind asks for it."""
     fast = kernels(sae.b_dec)
     if fast is not None and sae.d_in <= fast.MOST_COLUMNS:

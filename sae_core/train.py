@@ -10,6 +10,7 @@ torch.distributed each rank passes its own batches; gradients are averaged and f
 merged, so the result is that of one process with the joined batch.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -92,7 +93,24 @@ def _peek(stream: Iterator[Tensor], n_tokens: int) -> tuple[Tensor, Iterator[Ten
         head.append(batch)
     if not head:
         raise UserError("Expected activations to train on, got an empty stream.")
-    return torch.cat(head)[:n_tokens], chain(head, stream)
+    return torch.cat(head)[:n_tokens], _again(deque(head), stream)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep freed blocks of a few MB for the next step.
+
+    glibc returns blocks above a limit to the system, and a step that gets them back new pays for
+    every page: 4% of its time at 4,608 latents. The limit follows the largest block ever freed, up
+    to 32 MiB; this one is never touched and costs nothing.
+    """
+    torch.empty((32 << 20) - 8192, dtype=torch.uint8)
+
+
+def _again(head: deque[Tensor], stream: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The head, of which nothing is held that was taken, and the stream."""
+    while head:
+        yield head.popleft()
+    yield from stream
 
 
 def train(
@@ -114,6 +132,7 @@ def train(
         UserError: width that does not fit, or fewer batches than steps.
     """
     state = TrainState() if state is None else state
+    _keep_freed_memory()
     stream = _tensors(batches, sae)
     if not state.started:
         sample, stream = _peek(stream, config.init_tokens)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_core.kernels import active, autograd, eager, sparse
+from sae_core.kernels.adam import Adam
 from sae_core.kernels.codes import Codes, codes_at, codes_where
 
 RTOL64 = 1e-10  # float64 products of at most 60 terms, in another order
@@ -86,6 +87,28 @@ def test_grouped_codes_carry_their_order_by_latent():
     assert grouped.keep(codes.values > 0).by_latent is None
     g = torch.randn(9, 4, dtype=torch.float64)
     assert torch.equal(sparse.matmul_t(grouped, g), sparse.matmul_t(codes, g))
+
+
+def test_adam_is_that_of_torch_bit_for_bit():
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(9, 7, generator=generator), torch.randn(3, generator=generator)]
+    mine, theirs = ([torch.nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    plain = torch.optim.Adam([{"params": [p]} for p in theirs], lr=0.01, fused=True)
+    adam = Adam([{"params": [p]} for p in mine], lr=0.01)
+    for step in range(4):
+        for one, other in zip(mine, theirs, strict=True):
+            if step == 1 and one.ndim == 1:  # no gradient, no step
+                continue
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in (adam, plain):
+            optimizer.param_groups[1]["lr"] = 0.1
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(p.grad is None for p in mine)
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    for one, other in zip(mine, theirs, strict=True):
+        assert all(torch.equal(adam.state[one][k], v) for k, v in plain.state[other].items())
 
 
 def test_codes_round_trip_and_starts():

@@ -20,6 +20,7 @@ from sae_core import step
 from sae_core.gba import GBAConfig
 from sae_core.kernels import autograd, choice, eager, sparse, triton_entries, triton_products
 from sae_core.kernels import triton as kernels
+from sae_core.kernels.adam import Adam
 from sae_core.kernels.codes import Codes, codes_where
 from sae_core.kernels.triton_bits import Tiles, dense_bits, product_bits
 from sae_core.kernels.triton_entries import codes_from_bits, entries_of_bits, keep_above
@@ -302,11 +303,11 @@ def test_the_fused_update_is_adam_and_then_unit_norm():
     for fused in (False, True):
         parameter = torch.nn.Parameter(normal(7, 21))
         other = torch.nn.Parameter(normal(3))
-        optimizer = torch.optim.Adam([{"params": [other]}, {"params": [parameter]}], lr=0.1)
+        optimizer = Adam([{"params": [other]}, {"params": [parameter]}], lr=0.1)
         for seed in range(3):
             parameter.grad = normal(7, 21, seed=seed)
             other.grad = normal(3, seed=seed)
-            if fused and seed != 1:  # torch's own step in between, on the same moments
+            if fused and seed != 1:  # the plain step in between, on the same moments
                 kernels.adam_unit_rows(optimizer, parameter)
                 assert parameter.grad is None
             optimizer.step()
@@ -435,7 +436,7 @@ def compile_for_hopper() -> None:
     kernels.reconstruction(codes, w[:64], b[:d], x, 1.0)
     matrix = torch.nn.Parameter(x)
     matrix.grad = x
-    kernels.adam_unit_rows(torch.optim.Adam([matrix]), matrix)
+    kernels.adam_unit_rows(Adam([{"params": [matrix]}]), matrix)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile them for this GPU")

@@ -7,7 +7,7 @@ Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), then `SAE.project`. torch's 
 four matrices and writes three; the projection after it reads its matrix twice more and writes it
 once. Here a program keeps its row in registers between the two: 7 passes in place of 10, 3.2 GB
 less of 10.7 GB at 65,536 latents of width 2,048, encoder and decoder. The moments stay where
-torch's Adam keeps them, so a checkpoint is the same and either may go on from the other.
+`adam.Adam` keeps them, so a checkpoint is the same and either may go on from the other.
 """
 
 from math import log
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_core.kernels.adam import Adam
 from sae_core.kernels.triton_launch import launch, power_of_2
 from sae_core.kernels.triton_products import sum_types
 
@@ -46,22 +47,18 @@ def _adam_unit_rows(
 
 
 @torch.no_grad()
-def adam_unit_rows(optimizer: torch.optim.Adam, parameter: Tensor) -> None:
+def adam_unit_rows(optimizer: Adam, parameter: Tensor) -> None:
     """One step of Adam on a matrix of latents, each of which then gets unit norm.
 
     The gradient is used up: `optimizer.step()` afterwards updates the other parameters. Reference:
     ``optimizer.step()``, then each latent divided by its norm.
 
     Args:
-        optimizer: plain Adam (no decay, no amsgrad) that owns the parameter.
+        optimizer: owns the parameter.
         parameter: [d_sae, d], contiguous, with a gradient.
     """
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    state = optimizer.state[parameter]
-    if not state:  # as torch's fused Adam begins
-        state["step"] = torch.zeros((), device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    state = optimizer.moments(parameter)
     state["step"] += 1
     assert parameter.grad is not None
     p, g, m, v = parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
