@@ -149,7 +149,7 @@ class ConditionStats:
         """Add tokens (raw, as the SAE reads them)."""
         sae = self.sae
         u, _ = sae.normalise(x.to(self.w.device))
-        codes = sae.gate(sae.select(sae.pre_activations(u)))
+        codes = sae.codes_of(u)
         centred = u.float() - self.centre
         values = (codes.values * sae.scale[codes.col]).float()
         self.n_tokens += codes.n

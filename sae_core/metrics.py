@@ -76,7 +76,7 @@ def evaluate(sae: SAE, batches: Iterable[Activations | Tensor]) -> Reconstructio
             raw = batch.x if isinstance(batch, Activations) else batch
             x = raw.to(weights.device, weights.dtype)
             u, norm = sae.normalise(x)
-            codes = sae.gate(sae.select(sae.pre_activations(u)))
+            codes = sae.codes_of(u)
             stats.update(x, sae.decode_sparse(codes) * norm, codes, norm)
     return stats.compute()
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sae_core import nonlinearity
 from sae_core.errors import UserError
-from sae_core.kernels import autograd
+from sae_core.kernels import active, autograd
 from sae_core.kernels.codes import Codes
 from sae_core.store import atomic_folder, verify_folder
 from sae_core.untrusted import MAX_D_SAE, read_object, reading
@@ -192,6 +192,14 @@ class SAE(nn.Module):
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> Codes:
         """Activations of the active latents only, without gradient."""
         u, _ = self.normalise(x)
+        return self.codes_of(u)
+
+    @torch.no_grad()
+    def codes_of(self, u: Float[Tensor, "n d_in"]) -> Codes:
+        """`encode_sparse` of tokens that are normalised; a block at a time on the processor."""
+        if self.config.kind in ("gba", "relu") and not u.is_cuda:
+            x = u - self.b_dec
+            return self.gate(active.active_codes(x, self.W_enc, self.b_enc, dtype=u.dtype))
         return self.gate(self.select(self.pre_activations(u)))
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
@@ -216,8 +224,7 @@ class SAE(nn.Module):
     def reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """Reconstruction in the units and dtype of x, without gradient and without a dense code."""
         u, norm = self.normalise(x)
-        codes = self.gate(self.select(self.pre_activations(u)))
-        return (self.decode_sparse(codes) * norm).to(x.dtype)
+        return (self.decode_sparse(self.codes_of(u)) * norm).to(x.dtype)
 
     @torch.no_grad()
     def forward(self, x: Float[Tensor, "n d_in"]) -> SAEOutput:

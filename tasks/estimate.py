@@ -35,7 +35,8 @@ BYTES_A_TOKEN = 12  # row id and position beside each activation vector
 BASE_BYTES = 500 * 2**20  # the interpreter with torch and transformers loaded
 ADAM_COPIES = 4  # parameter, gradient and two moments
 CHECKPOINTS = 2  # kept on disk, each with the parameter and two moments
-# Largest arrays of [batch, d_sae] alive at once in a training step, in units of float32.
+# Largest arrays of [batch, d_sae] alive at once in a training step, in units of float32; of a block
+# of the batch where nothing is ranked.
 DENSE_COPIES = 3
 
 
@@ -251,9 +252,17 @@ def sae_bytes(settings: "TrainSettings", d_in: int) -> int:
 
 def memory_bytes(settings: "TrainSettings", lm: "LanguageModel", d_in: int) -> dict[str, int]:
     """Model, SAE with its optimiser, one batch's dense arrays, and the rest of the process."""
+    import torch
+
+    from sae_core.kernels.active import block_rows
+    from sae_core.step import RANKED
+
     config, train = settings.sae_config(d_in), settings.train
     start = min(train.init_tokens * d_in * 8 + train.init_tokens * 512 * 8, 2**40)
-    batch = DENSE_COPIES * 4 * train.batch_size * config.d_sae
+    n = train.batch_size
+    if config.kind not in RANKED:
+        n = min(n, block_rows(config.d_sae, torch.float32))
+    batch = DENSE_COPIES * 4 * n * config.d_sae
     parts = {
         "model": sum(p.numel() * p.element_size() for p in lm.model.parameters()),
         "sae_and_optimiser": ADAM_COPIES * sae_bytes(settings, d_in),

