@@ -6,6 +6,8 @@ time. Here the numbers are read as integers, which have the same sign, and four 
 booleans) as one word: few words of a sparse matrix differ from 0, and only those are looked into.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -39,11 +41,11 @@ def active_codes(
     """
     n, d_sae = len(x), w.shape[1]
     size = block_rows(d_sae, dtype)
-    bound = (b if threshold is None else b - threshold).to(dtype)
-    narrow, weights, is_exact = x.to(dtype), w.to(dtype), dtype == x.dtype and threshold is None
+    is_exact = dtype == x.dtype and threshold is None
+    product = _product(x, w, b if threshold is None else b - threshold, dtype)
     places, values = [torch.zeros(0, dtype=torch.int64, device=x.device)], [x.new_zeros(0)]
     for first in range(0, n, size):
-        pre = torch.addmm(bound, narrow[first : first + size], weights)
+        pre = product(slice(first, first + size))
         place = positive(pre)
         places.append(place + first * d_sae)
         values.append(pre.view(-1)[place] if is_exact else x.new_empty(len(place)))
@@ -51,6 +53,23 @@ def active_codes(
     row = place // d_sae
     codes = Codes(row_starts(row, n), row, place - row * d_sae, torch.cat(values), d_sae)
     return codes if is_exact else exact_values(x, w, b, codes)
+
+
+def _product(
+    x: Tensor, w: Tensor, b: Tensor, dtype: torch.dtype
+) -> Callable[[slice], Float[Tensor, "block d_sae"]]:
+    """x[block] W + b in `dtype`.
+
+    addmm copies b to every row before it multiplies, 4% of the product's time. Where the operands
+    are converted anyway, b becomes one more column of W instead, and 1 one of x; a second of zeros
+    keeps the width even, as instructions take pairs of bfloat16.
+    """
+    if dtype == x.dtype:
+        return lambda block: torch.addmm(b, x[block], w)
+    rows, weights = (t.new_zeros(len(t), len(w) + 2, dtype=dtype) for t in (x, w.T))
+    rows[:, : len(w)], weights[:, : len(w)] = x, w.T
+    rows[:, len(w)], weights[:, len(w)] = 1, b
+    return lambda block: rows[block] @ weights.T
 
 
 def exact_values(
