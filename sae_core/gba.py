@@ -27,6 +27,7 @@ benchmarks/LOG.md has the measurements behind each choice.
 """
 
 from dataclasses import dataclass
+from math import log
 from typing import Literal
 
 import torch
@@ -116,6 +117,20 @@ def paper_recommended() -> GBAConfig:
 def ba(taf: float = 0.01) -> GBAConfig:
     """Bias adaptation with one group, the paper's BA baseline."""
     return _published(1, taf, taf)
+
+
+def identifiable_k(d_in: int, d_sae: int) -> int:
+    """Largest k with 2 k ln(d_sae / k) + 5 k / 4 <= d_in: 57 for 576 and 4,608.
+
+    So many random measurements let convex methods recover a k-sparse code of length d_sae
+    (Chandrasekaran, Recht, Parrilo and Willsky, 2012, proposition 3.10); denser codes need not be
+    determined by the activation vector even where the dictionary is known. At least 1, at most
+    d_sae / 4.
+    """
+    k = 1
+    while 4 * (k + 1) <= d_sae and 2 * (k + 1) * log(d_sae / (k + 1)) + 1.25 * (k + 1) <= d_in:
+        k += 1
+    return k
 
 
 def target_frequencies(htf: float, ltf: float, n_groups: int) -> Float[Tensor, "n_groups"]:

@@ -14,7 +14,6 @@ gba.py, never to the optimiser, and columns of W_enc have unit norm.
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from math import log
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,26 +23,13 @@ from torch import Tensor, nn
 
 from sae_core import nonlinearity
 from sae_core.errors import UserError
+from sae_core.gba import identifiable_k
 from sae_core.kernels import active, autograd
 from sae_core.kernels.codes import Codes
 from sae_core.store import atomic_folder, verify_folder
 from sae_core.untrusted import MAX_D_SAE, read_object, reading
 
 Kind = Literal["gba", "topk", "batch_topk", "jumprelu", "relu"]
-
-
-def identifiable_k(d_in: int, d_sae: int) -> int:
-    """Largest k with 2 k ln(d_sae / k) + 5 k / 4 <= d_in: 57 for 576 and 4,608.
-
-    So many random measurements let convex methods recover a k-sparse code of length d_sae
-    (Chandrasekaran, Recht, Parrilo and Willsky, 2012, proposition 3.10); denser codes need not be
-    determined by the activation vector even where the dictionary is known. At least 1, at most
-    d_sae / 4.
-    """
-    k = 1
-    while 4 * (k + 1) <= d_sae and 2 * (k + 1) * log(d_sae / (k + 1)) + 1.25 * (k + 1) <= d_in:
-        k += 1
-    return k
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import torch
 
 from sae_core.checkpoint import load_checkpoint, save_checkpoint
 from sae_core.demand import targets
-from sae_core.gba import GBAConfig, assign_groups
-from sae_core.sae import SAE, SAEConfig, identifiable_k
+from sae_core.gba import GBAConfig, assign_groups, identifiable_k
+from sae_core.sae import SAE, SAEConfig
 from sae_core.synthetic import PlantedConfig, plant
 from sae_core.train import TrainConfig, TrainState, train
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import benchmarks.suppression as suite
+from benchmarks.suppression_cells import least_strength
 from benchmarks.suppression_goals import goals
 from sae_apps.suppression.concepts import LabelledTexts
 from sae_apps.suppression.curves import Curve, crossing, matched, resample
@@ -410,11 +411,11 @@ def test_the_least_strength_is_found_between_points_of_the_grid(
 ) -> None:
     reader = Reader(tiny_lm, HOOK)
     reached: dict[float, float] = {}
-    found = suite.least_strength(reader, direction, trial, 0.6, reached)
+    found = least_strength(reader, direction, trial, 0.6, reached)
     assert found is not None and reached[found] >= 0.6
     smaller = [erased for strength, erased in reached.items() if strength < found]
     assert smaller and max(smaller) < 0.6
-    assert suite.least_strength(reader, Shift(), trial, 2.0, {}) is None  # more than everything
+    assert least_strength(reader, Shift(), trial, 2.0, {}) is None  # more than everything
 
 
 def test_readings_from_kept_states_are_those_of_whole_passes(tiny_lm: LanguageModel) -> None:
