@@ -1,7 +1,8 @@
 """Training speed on the processor beside sparsify, SAELens and dictionary_learning.
 
     python -m benchmarks.peers --python sae_lens=PYTHON --python sparsify=PYTHON \
-        --python dictionary_learning=PYTHON [--size full] [--part speed] [--activations FOLDER]
+        --python dictionary_learning=PYTHON [--size full] [--part speed] [--only 4608x1] \
+        [--activations FOLDER]
 
 Each PYTHON is an interpreter that can import the library. All train on the same file: SmolLM2-135M
 at layers.15.out on the demo text, tokens shuffled and divided by their norms, because a few
@@ -229,6 +230,8 @@ def measured(
     """The parts asked for."""
     rows = []
     comparisons, rounds, steps, n_quality = SIZES[args.size]
+    if args.only:
+        comparisons = [one for one in comparisons if f"{one[0]}x{one[1]}" in args.only]
     for number, (d_sae, threads) in enumerate(comparisons):
         if number and args.part == "quality":
             break
@@ -255,6 +258,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="LIBRARY=PYTHON")
     parser.add_argument("--size", choices=SIZES, default="reduced")
     parser.add_argument("--part", choices=("speed", "quality"), help="this, into the last result")
+    parser.add_argument("--only", nargs="+", metavar="LATENTSxTHREADS", help="into the last result")
     parser.add_argument("--activations", type=Path, help="activations folder of a run")
     args = parser.parse_args()
     given = dict(item.split("=", 1) for item in args.python)
@@ -265,12 +269,13 @@ def main() -> None:
     # the result names its command, and where an interpreter lies says nothing to a reader
     sys.argv[1:] = [part for name in given for part in ("--python", f"{name}=PYTHON")]
     sys.argv += ["--size", args.size, *(("--part", args.part) if args.part else ())]
+    sys.argv += ["--only", *args.only] if args.only else []
     started = time.time()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temp:
         rows = measured(args, pythons, data(args.activations, Path(temp)))
     rows = [one | {"version": versions.get(one["trainer"])} for one in rows]
-    write_result("peers", rows, goals, started, merge=args.part is not None)
+    write_result("peers", rows, goals, started, merge=bool(args.part or args.only))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The comparison with other trainers: what it measures, how it picks, and what its goals say."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.peers import SETTINGS, chosen, quality, row, spec_of, speed, spread, write_arrays
+from benchmarks.peers import (
+    SETTINGS,
+    chosen,
+    measured,
+    quality,
+    row,
+    spec_of,
+    speed,
+    spread,
+    write_arrays,
+)
 from benchmarks.peers_drivers import batches, repeated
 from benchmarks.peers_drivers import quality as fvu_and_l0
 from benchmarks.peers_table import TIMES, goals, measure, peers
@@ -125,6 +136,20 @@ def test_the_quickest_setting_goes_on_and_a_broken_one_is_noted(
     assert best == {"ours topk": "float32"}
     assert rows[0]["cpu_ms"] > 0
     assert "to answer 'round', got:" in rows[1]["note"]
+
+
+def test_only_the_comparisons_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(_pythons: object, _files: object, *size: int, steps: int) -> tuple[dict, list]:
+        asked.append(size)
+        return {}, []
+
+    monkeypatch.setattr("benchmarks.peers.chosen", noted)
+    monkeypatch.setattr("benchmarks.peers.speed", lambda *_: [])
+    args = argparse.Namespace(size="full", part="speed", only=["18432x1", "4608x2"])
+    assert measured(args, {}, {}) == []
+    assert asked == [(4608, 2), (18432, 1)]
 
 
 def test_a_trainer_that_is_not_there_is_an_error(files: dict[str, str]) -> None:
