@@ -93,7 +93,8 @@ def main(argv: Sequence[str]) -> int:
     chosen, text = take(FeaturizeOptions, options), take(TextOptions, options.text)
 
     def work(_stop: StopSignal) -> tuple[Any, str]:
-        from .estimate import estimate_features, estimate_text, is_text_cached
+        from .cached import is_text_cached
+        from .estimate import estimate_features, estimate_text
 
         run = open_run(chosen.run, device=chosen.device)
         source = stored_rows(run) if chosen.stored else limited(text, chosen.rows)

@@ -68,7 +68,7 @@ class Plan:
 
 def absent(asked: Asked) -> list[str]:
     """What is not on this machine yet, so that an estimate would have to download it."""
-    from .estimate import is_model_cached
+    from .cached import is_model_cached
 
     run = open_run(asked.chosen.run)
     model = asked.encoding.model or run.settings.model.name
