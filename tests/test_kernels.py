@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sae_core.kernels import active, autograd, eager, sparse
 from sae_core.kernels.adam import Adam
 from sae_core.kernels.codes import Codes, codes_at, codes_where
+from sae_core.nonlinearity import kth_largest
 
 RTOL64 = 1e-10  # float64 products of at most 60 terms, in another order
 
@@ -44,6 +45,14 @@ def test_positive_finds_what_nonzero_finds(n, m, dtype):
     matrix[0, 0] = -0.0
     expected = (matrix > 0).flatten().nonzero()[:, 0]
     assert torch.equal(active.positive(matrix), expected)
+
+
+@given(st.integers(1, 400), st.floats(0, 1), st.booleans(), st.integers(0, 99))
+def test_kth_largest_is_that_of_a_sort(n, share, with_ties, seed):
+    values = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    values = values.round() if with_ties else values
+    k = max(1, round(share * n))
+    assert kth_largest(values, k) == values.sort(descending=True).values[k - 1]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 256])

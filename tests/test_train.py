@@ -4,13 +4,18 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
+import weakref
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.fuzz_corpus import reseal
 from sae_core import loss, start
 from sae_core.buffer import batches
 from sae_core.checkpoint import load_checkpoint, save_checkpoint
@@ -22,7 +27,7 @@ from sae_core.loss import SparsityConfig
 from sae_core.sae import SAE, SAEConfig
 from sae_core.state import learning_rate
 from sae_core.step import gradient_step
-from sae_core.train import TrainConfig, TrainState, train
+from sae_core.train import TrainConfig, TrainState, _peek, _Window, train
 
 KINDS = ["gba", "topk", "batch_topk", "jumprelu", "relu"]
 CONFIG = TrainConfig(
@@ -66,6 +71,47 @@ def test_every_kind_learns_and_repeats(kind):
     assert not same(sae, other)
     norms = sae.W_dec.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_leaves_the_compiler_alone(kind):
+    code = (
+        "import sys, torch\nfrom sae_core.sae import SAE, SAEConfig\n"
+        "from sae_core.train import TrainConfig, train\n"
+        f"sae = SAE(SAEConfig(8, 32, kind={kind!r}, k=4))\n"
+        "x = torch.randn(512, 8)\n"
+        "config = TrainConfig(steps=4, batch_size=64, init_tokens=64)\n"
+        "steps = train(sae, iter(x.split(64)), config)\n"
+        "assert list(steps)[-1].step == 4\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_record_is_exact_however_far_the_tokens_lie_from_zero():
+    generator = torch.Generator().manual_seed(0)
+    parts = [1000 + torch.randn(256, 16, generator=generator) for _ in range(4)]
+    window = _Window()
+    codes = codes_where(torch.ones(256, 3, dtype=torch.bool), torch.ones(256, 3))
+    for u in parts:
+        window.add(u, u + 0.5, codes)
+    u = torch.cat(parts).double()
+    expected = 0.25 * 16 * len(u) / float((u - u.mean(0)).square().sum())
+    record = window.record(TrainState(tokens_since=torch.zeros(3)), 1, 0.0)
+    assert record.fvu == pytest.approx(expected, rel=1e-4) and record.l0 == 3
+
+
+def test_the_head_of_a_stream_is_let_go():
+    made = [torch.full((4, 2), float(i)) for i in range(5)]
+    gone = [weakref.ref(t) for t in made]
+    head, again = _peek((made.pop(0) for _ in range(5)), 9)
+    assert len(head) == 9
+    first = next(again)
+    assert first[0, 0] == 0
+    del first
+    next(again)
+    assert gone[0]() is None and gone[2]() is not None
+    assert [float(t[0, 0]) for t in again] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["gba", "topk", "relu"])
@@ -167,6 +213,20 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_by_bit(kind, stop, tmp_path):
     rest = list(train(sae, batches(x, 128, seed=0, start_step=state.step), CONFIG, state))
     assert rest == [r for r in records if r.step > stop]
     assert same(sae, whole)
+
+
+def test_moments_of_what_is_no_parameter_are_refused(tmp_path):
+    sae, state = new("gba"), TrainState()
+    next(train(sae, batches(planted(), 128, seed=0), CONFIG, state))
+    save_checkpoint(tmp_path, sae, state, CONFIG)
+    (folder,) = tmp_path.glob("step-*")
+    tensors = load_file(folder / "state.safetensors")
+    assert "adam.step._encoder" in tensors
+    renamed = {name.replace("._encoder", ".W_enc"): t for name, t in tensors.items()}
+    save_file(renamed, folder / "state.safetensors")
+    reseal(tmp_path)
+    with pytest.raises(CorruptFileError, match=r"expected a checkpoint, .*moments of \['W_enc'\]"):
+        load_checkpoint(tmp_path, CONFIG)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_older_and_is_named(tmp_path, caplog):
