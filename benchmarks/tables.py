@@ -67,6 +67,20 @@ def ablation(result: Result) -> str:
     ])  # fmt: skip
 
 
+def cpu_kernels(result: Result) -> str:
+    """Milliseconds beside the product, and what an optimiser costs in memory."""
+    return table([
+        {
+            "what": row["what"], "d_sae": cell(row["d_sae"]),
+            "ms": "–" if row["ms"] is None else f"{row['ms']:.1f}",
+            "range": "–" if row["ms"] is None else f"{row['low']:.1f}–{row['high']:.1f}",
+            "× product": cell(row["times"] and round(row["times"], 2)),
+            "MiB": cell(row["MiB"] and round(row["MiB"])),
+        }
+        for row in result["rows"]
+    ])  # fmt: skip
+
+
 def throughput(result: Result) -> str:
     """Rates beside the floor of each."""
     return table([
@@ -113,6 +127,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "similarity_goals": ("similarity", goals),
     "throughput": ("throughput", throughput),
     "throughput_goals": ("throughput", goals),
+    "cpu_kernels": ("cpu_kernels", cpu_kernels),
+    "cpu_kernels_goals": ("cpu_kernels", goals),
     "geography_goals_gemma": ("geography_gemma", goals),
     "geography_goals_smollm2": ("geography_smollm2", goals),
     "moran": ("moran", moran),

@@ -1,0 +1,178 @@
+"""Parts of a training step on the processor, beside what they replaced.
+
+    python -m benchmarks.cpu_kernels [--latents 4608 18432] [--rounds 9] [--dry]
+
+One thread, batches of 2,048 random unit tokens of width 576, latents that fire with skewed
+frequencies, 24 a token; processor milliseconds, median and range over rounds in turns. `times` is
+the ratio of the medians to the bfloat16 product alone.
+
+    active set     entries above 0 with exact values: a dense matrix, compared and searched by
+                   torch, and sae_core.kernels.active
+    A W, A' G      rows of W summed by codes, and of G by latent: MKL's sparse product (A' sorted
+                   for both) and sae_core.kernels.sparse
+    step           GBA, bfloat16, everything included, after 20 steps
+    optimiser      MiB that the first optimiser of a process adds: torch.optim.Adam and ours
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import ROOT, Goal, write_result
+from sae_core.kernels import active, sparse
+from sae_core.kernels.codes import Codes, by_latent, codes_where
+from sae_core.sae import SAE, SAEConfig
+from sae_core.state import TrainConfig
+from sae_core.train import train
+
+N, D_IN, L0 = 2048, 576, 24
+STEPS = 5  # of a round
+OPTIMISERS = {
+    "torch.optim.Adam": "torch.optim.Adam([p], fused=True)",
+    "sae_core.kernels.adam": "sae_core.kernels.adam.Adam([{'params': [p]}])",
+}
+MEMORY = """
+import torch, sae_core.train, sae_core.kernels.adam
+from benchmarks.longrun_memory import peak_mib
+p = torch.nn.Parameter(torch.zeros(3))
+before = peak_mib()
+{made}
+print(peak_mib() - before)
+"""
+
+
+def in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Processor milliseconds of each, one after the other in every round; the first is left out."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds + 1):
+        for name, work in works.items():
+            begin = time.process_time()
+            work()
+            times[name].append(1e3 * (time.process_time() - begin))
+    return {name: found[1:] for name, found in times.items()}
+
+
+def batch(d_sae: int) -> tuple[Tensor, Tensor, Tensor, Codes]:
+    """Tokens, rows of an encoder, biases at which L0 latents fire, and codes with skewed firing."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.nn.functional.normalize(torch.randn(N, D_IN, generator=generator), dim=1)
+    rows = torch.nn.functional.normalize(torch.randn(d_sae, D_IN, generator=generator), dim=1)
+    pre = u[:256] @ rows.T
+    bias = -pre.kthvalue(256 - max(1, round(256 * L0 / d_sae)), dim=0).values
+    often = torch.rand(d_sae, generator=generator) ** 3
+    fires = torch.rand(N, d_sae, generator=generator) < often * L0 / often.sum()
+    return u, rows, bias, codes_where(fires, torch.rand(N, d_sae, generator=generator))
+
+
+def dense_search(u: Tensor, rows: Tensor, bias: Tensor) -> Codes:
+    """The active set by way of the whole matrix of pre-activations."""
+    pre = torch.addmm(bias.bfloat16(), u.bfloat16(), rows.T.bfloat16())
+    found = active.exact_values(u, rows.T, bias, codes_where(pre > 0, pre))
+    return found.keep(found.values > 0)
+
+
+def mkl(starts: Tensor, place: Tensor, values: Tensor, width: int, rows: Tensor) -> Tensor:
+    """Weighted sums of rows by MKL."""
+    return sparse.csr_tensor(starts, place, values, (len(starts) - 1, width)) @ rows
+
+
+def mkl_transposed(codes: Codes, g: Tensor) -> Tensor:
+    """A' G by MKL."""
+    order, starts = by_latent(codes.col, codes.d_sae)
+    return mkl(starts, codes.row[order], codes.values[order], codes.n, g)
+
+
+def steps(d_sae: int, u: Tensor) -> Callable[[], object]:
+    """A round of steps of GBA."""
+
+    def stream() -> Iterator[Tensor]:
+        while True:
+            yield u
+
+    sae = SAE(SAEConfig(D_IN, d_sae, k=32), generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(steps=10_000, batch_size=N, log_every=STEPS, precision="bfloat16")
+    records = train(sae, stream(), config)
+    for _ in range(20 // STEPS):
+        next(records)
+    return lambda: next(records)
+
+
+def kernel_rows(d_sae: int, rounds: int) -> list[dict[str, Any]]:
+    """All parts but the optimiser's memory at one width."""
+    u, w, bias, codes = batch(d_sae)
+    narrow = u.bfloat16(), w.T.bfloat16()
+    works: dict[str, Callable[[], object]] = {
+        "product bfloat16": lambda: narrow[0] @ narrow[1],
+        "active set, dense": lambda: dense_search(u, w, bias),
+        "active set": lambda: active.active_codes(u, w.T, bias, dtype=torch.bfloat16),
+        "A W, MKL": lambda: mkl(codes.crow, codes.col, codes.values, d_sae, w),
+        "A W": lambda: sparse.matmul(codes, w),
+        "A' G, MKL": lambda: mkl_transposed(codes, u),
+        "A' G": lambda: sparse.matmul_t(codes, u),
+        f"{STEPS} steps of GBA": steps(d_sae, u),
+    }
+    times = in_turns(works, rounds)
+    times["step of GBA"] = [one / STEPS for one in times.pop(f"{STEPS} steps of GBA")]
+    floor = median(times["product bfloat16"])
+    return [
+        {"name": f"{what}, {d_sae}", "what": what, "d_sae": d_sae, "ms": median(found),
+         "low": min(found), "high": max(found), "times": median(found) / floor, "MiB": None}
+        for what, found in times.items()
+    ]  # fmt: skip
+
+
+def memory_rows() -> list[dict[str, Any]]:
+    """What the first optimiser of a process adds to its peak."""
+    found = []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name, made in OPTIMISERS.items():
+        told = subprocess.run(
+            [sys.executable, "-c", MEMORY.format(made=made)], cwd=ROOT, env=environment,
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        what = f"first optimiser, {name}"
+        empty = dict.fromkeys(("d_sae", "ms", "low", "high", "times"))
+        found.append({"name": what, "what": what, **empty, "MiB": float(told)})
+    return found
+
+
+def goals(rows: list[dict[str, Any]]) -> list[Goal]:
+    """A step is at most twice the product, and nothing is slower than what it replaced."""
+    ms = {one["name"]: one["ms"] for one in rows if one["ms"] is not None}
+    found = []
+    for one in (r for r in rows if r["what"] == "step of GBA"):
+        times, d_sae = one["times"], one["d_sae"]
+        found.append(Goal(f"step over the product, {d_sae}", times, "<= 2", times <= 2))
+        for what, old in (("active set", "dense"), ("A W", "MKL"), ("A' G", "MKL")):
+            share = ms[f"{what}, {d_sae}"] / ms[f"{what}, {old}, {d_sae}"]
+            found.append(Goal(f"{what} over {old}, {d_sae}", share, "<= 1", share <= 1))
+    return found
+
+
+def main() -> None:
+    """Measure, write results/cpu_kernels.json."""
+    parser = argparse.ArgumentParser(description="Parts of a training step on the processor.")
+    parser.add_argument("--latents", type=int, nargs="+", default=[4608, 18432])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dry", action="store_true", help="print, write no result")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.time()
+    rows = [row for d_sae in args.latents for row in kernel_rows(d_sae, args.rounds)]
+    rows += memory_rows()
+    if args.dry:
+        print(*rows, *goals(rows), sep="\n")
+    else:
+        write_result("cpu_kernels", rows, goals, started)
+
+
+if __name__ == "__main__":
+    main()
