@@ -6,7 +6,7 @@
 import json
 from typing import Any
 
-from benchmarks.common import RESULTS, Goal, table
+from benchmarks.common import RESULTS, Goal, cell, table
 
 TIMES = {"sparsify": 2.0, "sae_lens": 5.0, "dictionary_learning": 5.0}  # goals: ours is so quick
 
@@ -68,7 +68,7 @@ def peers(result: dict[str, Any]) -> str:
             "trainer": one["trainer"], "setting": one["setting"], "latents": one["d_sae"],
             "threads": one["threads"], "ms a step": round(one[by]),
             "range": f"{one[by + '_low']:.0f}–{one[by + '_high']:.0f}",
-            "times the product": round(one["times_floor"], 2),
+            "times the product": round(one["times_floor"], 2), "L0": cell(one["l0"]),
             "peak MiB": round(one["peak_MiB"]), "FVU": min(fvus) if fvus else None,
         })  # fmt: skip
     return table(kept)

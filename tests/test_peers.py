@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.peers import (
     SETTINGS,
+    Driver,
     chosen,
     measured,
     quality,
@@ -108,6 +109,15 @@ def test_stored_tokens_have_one_norm(tmp_path: Path, tiny_lm: Any) -> None:
     torch.testing.assert_close(torch.cosine_similarity(x, wanted), torch.ones(2))
 
 
+def test_ours_settles_before_it_is_timed(files: dict[str, str]) -> None:
+    given = spec(files, "ours gba", "float32", steps=400)
+    with Driver(sys.executable, given) as driver:
+        first = driver.ask("round")["l0"]
+        settled = driver.ask("settle")["l0"]
+        after = driver.ask("round")["l0"]
+    assert first > 0 and settled >= 0.95 * given["k"] and after > 0.8 * given["k"]
+
+
 def test_ours_is_timed_beside_the_floor(files: dict[str, str]) -> None:
     specs = [spec(files, "floor", "bfloat16"), spec(files, "ours topk", "float32")]
     pythons = {"floor": sys.executable, "ours topk": sys.executable}
@@ -196,7 +206,7 @@ def test_the_table_shows_the_better_fvu() -> None:
     rows += [quality_row("sparsify", 0.5), quality_row("sparsify", 0.25, lr_times=4)]
     head, _, *lines = peers({"rows": rows}).splitlines()
     assert head.startswith("| trainer | setting |")
-    assert lines == ["| sparsify | s | 4608 | 1 | 300 | 300–300 | 3 | 500 | 0.25 |"]
+    assert lines == ["| sparsify | s | 4608 | 1 | 300 | 300–300 | 3 | – | 500 | 0.25 |"]
 
 
 def test_every_peer_has_settings_and_a_goal() -> None:
