@@ -114,8 +114,9 @@ def _update(sae: SAE, optimizer: Adam) -> None:
             fast.adam_unit_rows(optimizer, matrix)
         optimizer.step()  # those without a gradient are passed over
     else:
+        for matrix in sae.unit_matrices():
+            optimizer.unit_rows(matrix)
         optimizer.step()
-        sae.project()
     if sae.config.kind == "jumprelu":
         sae.threshold.data.clamp_min_(0)
 

@@ -120,6 +120,28 @@ def test_adam_is_that_of_torch_bit_for_bit():
         assert all(torch.equal(adam.state[one][k], v) for k, v in plain.state[other].items())
 
 
+def test_rows_updated_block_by_block_are_those_of_a_step_and_a_projection(monkeypatch):
+    monkeypatch.setattr("sae_core.kernels.adam.BLOCK_ROWS", 4)
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(9, 64, generator=generator), torch.randn(3, generator=generator)]
+    mine, plain = ([torch.nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    blocked, whole = (Adam([{"params": [p]} for p in ps], lr=0.01) for ps in (mine, plain))
+    for _ in range(3):
+        for one, other in zip(mine, plain, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        blocked.unit_rows(mine[0])
+        assert mine[0].grad is None
+        blocked.step()
+        whole.step()
+        plain[0].data /= plain[0].norm(dim=1, keepdim=True)
+        for optimizer in (blocked, whole):
+            optimizer.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
+    for one, other in zip(mine, plain, strict=True):
+        assert all(torch.equal(blocked.state[one][k], v) for k, v in whole.state[other].items())
+
+
 def test_codes_round_trip_and_starts():
     dense = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 3.0]])
     codes = codes_where(dense > 0, dense)

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+# a block's four matrices stay in the last cache between the update and the norms: at 18,432 latents
+# of width 576 a tenth of a step
+BLOCK_ROWS = 512
+
 
 class Adam:
     """Moments of the parameters of several groups, each with a rate of its own."""
@@ -46,19 +50,53 @@ class Adam:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.moments(p) for p in params]
-            adam(
-                params,
-                [p.grad for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
+            grads = [p.grad for p in params]
+            means = [state["exp_avg"] for state in states]
+            squares = [state["exp_avg_sq"] for state in states]
+            _update(params, grads, means, squares, [state["step"] for state in states], group)
+
+    @torch.no_grad()
+    def unit_rows(self, parameter: Tensor) -> None:
+        """Update a matrix, each row of which then gets unit norm, a block of rows at a time.
+
+        The gradient is used up: `step` afterwards updates the other parameters.
+
+        Args:
+            parameter: [d_sae, d], one of the optimiser's, with a gradient.
+        """
+        assert parameter.grad is not None
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        state = self.moments(parameter)
+        matrices = (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        for rows, g, m, v in zip(*(t.split(BLOCK_ROWS) for t in matrices), strict=True):
+            _update([rows], [g], [m], [v], [state["step"].clone()], group)
+            rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        state["step"] += 1
+        parameter.grad = None
+
+
+def _update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    """torch's kernel on tensors that share their group's settings; counts the steps up."""
+    adam(
+        params,
+        grads,
+        means,
+        squares,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )
