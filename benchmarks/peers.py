@@ -52,7 +52,7 @@ SETTINGS = {
     "sparsify": ("default", "bfloat16", "bfloat16 chunks", "adam bfloat16"),
     "sae_lens": ("default", "sparse unscaled", "bfloat16 unscaled"),
     "dictionary_learning": ("default", "bfloat16"),
-    "ours gba": ("float32", "bfloat16"),
+    "ours gba": ("float32", "bfloat16", "int8"),
     "ours topk": ("float32", "bfloat16"),
 }
 SIZES = {  # d_sae and threads of each comparison, rounds, steps a round, steps for quality

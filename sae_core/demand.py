@@ -48,7 +48,7 @@ def follow_demand(
     sae: SAE, u: Float[Tensor, "n d_in"], state: TrainState, config: TrainConfig
 ) -> None:
     """Measure the demand on a batch and give groups and targets of the state anew."""
-    u, dtype = u[:TOKENS], getattr(torch, config.precision)
+    u, dtype = u[:TOKENS], config.product_type
     raw = (u - sae.b_dec).to(dtype) @ sae.W_enc.to(dtype)
     kth = kth_largest(raw.flatten(), min(raw.numel(), sae.config.k * len(u))).float()
     if dist.is_initialized():

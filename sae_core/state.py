@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from sae_core.gba import GBAConfig
 from sae_core.kernels.adam import Adam
 from sae_core.loss import SparsityConfig
 from sae_core.reweighting import WeightConfig, Weights
+
+Precision = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class TrainConfig:
     """Initial weights and batch order."""
     init_tokens: int = 16384
     """Tokens of the first batches that set b_dec and the starting thresholds."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the encoder's product; active entries are always recomputed in float32."""
+    precision: Precision = "float32"
+    """Type of the encoder's product; active entries are always recomputed in float32. int8: 8-bit
+    integers with a margin (kernels/screen.py) where a threshold decides and the processor has
+    instructions for them (VNNI), else bfloat16."""
     log_every: int = 10
     """Steps summed up in one StepRecord."""
     gba: GBAConfig = field(default_factory=GBAConfig)
@@ -50,11 +54,18 @@ class TrainConfig:
                 f"steps, batch_size and log_every must be at least 1, got {self.steps}, "
                 f"{self.batch_size} and {self.log_every}."
             )
+        if self.precision not in (known := get_args(Precision)):
+            raise UserError(f"precision must be one of {', '.join(known)}, got {self.precision!r}.")
         if self.warmup_frac < 0 or self.decay_frac < 0 or self.warmup_frac + self.decay_frac > 1:
             raise UserError(
                 f"warmup_frac and decay_frac must be shares that sum to at most 1, got "
                 f"{self.warmup_frac} and {self.decay_frac}."
             )
+
+    @property
+    def product_type(self) -> torch.dtype:
+        """Of products that rank or are looked at themselves, for which 8 bits are too few."""
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
 
 
 @dataclass

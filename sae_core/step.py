@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sae_core import gba, loss, reweighting
 from sae_core.firing import FiringStats
-from sae_core.kernels import active, autograd, sparse
+from sae_core.kernels import active, autograd, screen, sparse
 from sae_core.kernels.adam import Adam
 from sae_core.kernels.choice import kernels
 from sae_core.kernels.codes import Codes
@@ -23,7 +23,7 @@ def _above_threshold(sae: SAE, u: Tensor, config: TrainConfig) -> Codes:
     x, jump = u - sae.b_dec, sae.config.kind == "jumprelu"
     # entries just below the threshold of jumprelu carry its gradient
     threshold = sae.threshold - config.sparsity.bandwidth / 2 if jump else None
-    low, dtype = None if jump else 0.0, getattr(torch, config.precision)
+    low, dtype = None if jump else 0.0, config.product_type
     if (fast := kernels(u)) is not None:
         codes = fast.active_codes(
             x, sae.W_enc, sae.b_enc, threshold, dtype, room=ROOM * sae.config.k * len(u),
@@ -31,14 +31,17 @@ def _above_threshold(sae: SAE, u: Tensor, config: TrainConfig) -> Codes:
         )  # fmt: skip
         if codes is not None:
             return codes
-    codes = active.active_codes(x, sae.W_enc, sae.b_enc, threshold, dtype)
+    if config.precision == "int8" and screen.serves(x):
+        codes = screen.active_codes(x, sae.W_enc, sae.b_enc, threshold)
+    else:
+        codes = active.active_codes(x, sae.W_enc, sae.b_enc, threshold, dtype)
     return codes if low is None else codes.keep(codes.values > low)
 
 
 @torch.no_grad()
 def _ranked(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor]:
     """Active entries of TopK and BatchTopK, and the pre-activations in float32."""
-    pre = sae.pre_activations(u, getattr(torch, config.precision)).float()
+    pre = sae.pre_activations(u, config.product_type).float()
     codes = sae.select(pre)
     if config.precision != "float32":
         codes = active.exact_values(u - sae.b_dec, sae.W_enc, sae.b_enc, codes)

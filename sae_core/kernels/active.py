@@ -88,7 +88,9 @@ def positive(matrix: Float[Tensor, "n m"]) -> Int[Tensor, "nnz"]:
 
     Numbers of two bytes below 0 become 0 in place.
     """
-    if matrix.element_size() == 2:
+    if matrix.dtype == torch.uint8:
+        small = matrix.view(-1)
+    elif matrix.element_size() == 2:
         small = matrix.view(torch.int16).view(-1).clamp_min_(0)
     else:
         small = (matrix > 0).view(-1)

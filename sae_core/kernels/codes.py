@@ -53,8 +53,9 @@ class Codes(NamedTuple):
 
     def keep(self, mask: Tensor) -> "Codes":
         """The entries where mask [nnz] is true."""
-        row = self.row[mask]
-        return Codes(row_starts(row, self.n), row, self.col[mask], self.values[mask], self.d_sae)
+        place = mask.nonzero()[:, 0]
+        row, col, values = (t.index_select(0, place) for t in (self.row, self.col, self.values))
+        return Codes(row_starts(row, self.n), row, col, values, self.d_sae)
 
     def to_dense(self) -> Float[Tensor, "n d_sae"]:
         """The dense matrix [n, d_sae]."""
