@@ -68,13 +68,15 @@ def ablation(result: Result) -> str:
 
 
 def cpu_kernels(result: Result) -> str:
-    """Milliseconds beside the product, and what an optimiser costs in memory."""
+    """Milliseconds beside the product, entries lost, and what an optimiser costs in memory."""
     return table([
         {
             "what": row["what"], "d_sae": cell(row["d_sae"]),
             "ms": "–" if row["ms"] is None else f"{row['ms']:.1f}",
             "range": "–" if row["ms"] is None else f"{row['low']:.1f}–{row['high']:.1f}",
             "× product": cell(row["times"] and round(row["times"], 2)),
+            "L0": cell(row["l0"] and round(row["l0"], 1)),
+            "passed over": "–" if row["passed over"] is None else f"{row['passed over']:.3%}",
             "MiB": cell(row["MiB"] and round(row["MiB"])),
         }
         for row in result["rows"]

@@ -28,6 +28,10 @@ def test_rows_and_goals_of_a_small_run(monkeypatch) -> None:
         row["what"] for row in rows
     }
     slow = [row | {"ms": 5.0} for row in rows]
+    missed = {row["what"]: row["passed over"] for row in rows}
+    assert 0 < missed["active set"] < 0.2
+    if "active set, int8" in missed:
+        assert missed["active set, int8"] < missed["active set"]
     met = {goal.name: goal.met for goal in cpu_kernels.goals(slow)}
     assert met["A W over MKL, 128"] and not met["step over the product, 128"]
     slower = [row | {"ms": 9.0 if row["what"] == "A W" else 5.0} for row in rows]
