@@ -69,7 +69,8 @@ def batch(d_sae: int) -> tuple[Tensor, Tensor, Tensor, Codes]:
     generator = torch.Generator().manual_seed(0)
     u = torch.nn.functional.normalize(torch.randn(N, D_IN, generator=generator), dim=1)
     rows = torch.nn.functional.normalize(torch.randn(d_sae, D_IN, generator=generator), dim=1)
-    bias = -(rows @ u.T).kthvalue(N - max(1, round(N * L0 / d_sae)), dim=1).values
+    largest = (rows @ u.T).topk(max(1, round(N * L0 / d_sae)) + 1, dim=1).values
+    bias = -largest[:, -2:].mean(1)  # between the last that fires and the first that does not
     often = torch.rand(d_sae, generator=generator) ** 3
     fires = torch.rand(N, d_sae, generator=generator) < often * L0 / often.sum()
     return u, rows, bias, codes_where(fires, torch.rand(N, d_sae, generator=generator))
