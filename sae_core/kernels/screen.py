@@ -11,7 +11,7 @@ so that y = w'x + b relates to what integers tell by
 The last two terms are what rounding leaves: independent, uniform on their intervals, so of mean 0
 and standard deviation at most (||x_n|| / t_n + ||p_m||) / sqrt(12). Entries whose first two terms
 exceed minus `MARGIN` of these deviations are computed in float32. Of the entries above 0 fewer than
-one in five thousand is passed over, where a product in bfloat16 loses one in fifty.
+one in five thousand is passed over, where a product in bfloat16 loses one in a hundred.
 
 On processors with VNNI the product takes half the time of one in bfloat16 (benchmarks/LOG.md). It
 goes to one sign per entry, so all terms have to be columns of it: t_n = 1 / (c r_n) with r_n an
