@@ -1,6 +1,6 @@
 """The 8-bit product proposes the active entries of float64; float32 gives their values."""
 
-import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,5 +154,6 @@ def test_topk_ranks_in_bfloat16():
 
 
 def test_an_unknown_precision_is_refused():
+    given = SimpleNamespace(steps=1, batch_size=1, log_every=1, precision="float16")
     with pytest.raises(UserError, match=r"precision must be one of float32, .*, got 'float16'\."):
-        dataclasses.replace(TrainConfig(), precision="float16")
+        TrainConfig.__post_init__(given)  # the tests' type checker forestalls the constructor

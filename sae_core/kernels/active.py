@@ -9,7 +9,7 @@ booleans) as one word: few words of a sparse matrix differ from 0, and only thos
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from sae_core.kernels import sparse
@@ -83,7 +83,7 @@ def exact_values(
     return codes.with_values(sparse.sampled(codes, x, w.T) + b.index_select(0, codes.col))
 
 
-def positive(matrix: Float[Tensor, "n m"]) -> Int[Tensor, "nnz"]:
+def positive(matrix: Float[Tensor, "n m"] | UInt8[Tensor, "n m"]) -> Int[Tensor, "nnz"]:
     """Flat places, ascending, of what is above 0 in a contiguous matrix.
 
     Numbers of two bytes below 0 become 0 in place.
