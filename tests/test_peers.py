@@ -162,6 +162,25 @@ def test_only_the_comparisons_that_are_asked_for(monkeypatch: pytest.MonkeyPatch
     assert asked == [(4608, 2), (18432, 1)]
 
 
+def test_quality_is_that_of_either_optimiser_of_sparsify(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(_python: object, described: dict[str, Any]) -> dict[str, Any]:
+        asked.append((described["trainer"], described["setting"], described["lr_times"]))
+        return row("quality", described)
+
+    best = {"sparsify": "bfloat16", "ours topk": "float32"}
+    monkeypatch.setattr("benchmarks.peers.chosen", lambda *_, **__: (best, []))
+    monkeypatch.setattr("benchmarks.peers.quality", noted)
+    args = argparse.Namespace(size="full", part="quality", only=None)
+    rows = measured(args, dict.fromkeys(best, "python"), {})
+    assert asked == [
+        ("sparsify", "bfloat16", 1), ("sparsify", "bfloat16", 4), ("ours topk", "float32", 1),
+        ("sparsify", "adam bfloat16", 1), ("sparsify", "adam bfloat16", 4),
+    ]  # fmt: skip
+    assert len({one["name"] for one in rows}) == 5
+
+
 def test_a_trainer_that_is_not_there_is_an_error(files: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"Expected unknown \(s\) to answer 'round', got: KeyError"):
         quality(sys.executable, spec(files, "unknown", "s"))

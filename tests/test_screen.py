@@ -108,6 +108,23 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 @with_instructions
+def test_what_is_served():
+    assert screen.serves(torch.ones(2, 3))
+    assert not screen.serves(torch.ones(0, 3))
+    assert not screen.serves(torch.ones(1, screen.MOST_COLUMNS + 1))
+
+
+@with_instructions
+def test_the_widest_rows_have_room_for_their_margin():
+    flat = torch.ones(2, screen.MOST_COLUMNS)
+    p = screen._latents(flat, torch.zeros(2), 1.0)
+    q, _ = screen._tokens(flat)
+    assert p[0, -2] > 128 + 100 and q[0, -1] > 100  # and below 256 and 128: no wrap-around
+    codes = screen.active_codes(flat, flat.T, torch.zeros(2))
+    assert codes.col.tolist() == [0, 1, 0, 1]
+
+
+@with_instructions
 def test_a_product_that_saturates_is_found_out(monkeypatch):
     real = screen._positive_part
     assert screen.available.__wrapped__()
@@ -140,6 +157,12 @@ def _trained(precision: str, kind: str = "gba") -> tuple[SAE, float]:
 def test_training_is_that_of_float32(kind):
     (_, full), (_, small) = _trained("float32", kind), _trained("int8", kind)
     assert small == pytest.approx(full, rel=0.05)
+
+
+@with_instructions
+def test_training_does_search_in_8_bits():
+    (one, _), (other, _) = _trained("int8"), _trained("bfloat16")
+    assert not torch.equal(one.W_dec, other.W_dec)
 
 
 def test_without_the_instructions_the_product_is_in_bfloat16(monkeypatch):

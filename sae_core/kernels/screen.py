@@ -8,7 +8,7 @@ so that y = w'x + b relates to what integers tell by
 
     y_mn / (s_m t_n) = p_m'q_n + b_m / (s_m t_n) + e_m'x_n / t_n + p_m'f_n.
 
-The last two terms are what rounding leaves: independent, uniform on their intervals, so of mean 0
+The last two terms are what rounding leaves: taken as independent and uniform, they have mean 0
 and standard deviation at most (||x_n|| / t_n + ||p_m||) / sqrt(12). Entries whose first two terms
 exceed minus `MARGIN` of these deviations are computed in float32. Of the entries above 0 fewer than
 one in five thousand is passed over, where a product in bfloat16 loses one in a hundred.
@@ -29,12 +29,12 @@ from torch import Tensor
 from sae_core.kernels.active import BLOCK_BYTES, exact_values, positive
 from sae_core.kernels.codes import Codes, by_latent
 
-MARGIN = 2.0
+MARGIN = 2.0  # standard deviations of what rounding leaves; 3 brings a tenth more candidates
 MOST = 127  # largest integer
 BIAS_COLUMNS = 14
 EXTRA = BIAS_COLUMNS + 2
 USUAL = 64  # r of the median token: tokens of up to 64 times its largest entry keep c as it is
-MOST_COLUMNS = 8192  # wider rows may need a margin of more than one column
+MOST_COLUMNS = int(12 * (MOST / MARGIN) ** 2)  # of rows whose margin surely fits one column
 ROWS = 512  # latents rounded at once, while they are in the cache
 
 
