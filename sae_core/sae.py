@@ -221,17 +221,11 @@ class SAE(nn.Module):
         return SAEOutput(self.decode(acts) * norm, acts, pre)
 
     def unit_matrices(self) -> list[Tensor]:
-        """The parameters [d_sae, d_in] whose rows `project` keeps at unit norm."""
+        """The parameters [d_sae, d_in] whose rows training keeps at unit norm."""
         found: list[Tensor] = [self._encoder] if self.config.kind == "gba" else []
         if not self.config.tied:
             found.append(self._decoder)
         return found
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Unit norm for decoder rows, and for encoder columns where the kind asks for it."""
-        for rows in self.unit_matrices():
-            rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     def tensors(self) -> dict[str, Tensor]:
         """Named tensors as saved: W_dec only where it is its own."""

@@ -41,7 +41,7 @@ def trained(stories260k: Path, text: Path, tmp_path_factory: pytest.TempPathFact
     with torch.no_grad():
         noise = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(2))
         sae.W_dec.add_(0.2 * noise)
-        sae.project()
+        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
     save_sae(folder / "2" / "sae", sae, extra, overwrite=True)
     assert main(["featurize", "--run", str(folder / "0"), "--text", str(text), "--rows", "20"]) == 0
     return folder

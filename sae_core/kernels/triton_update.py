@@ -3,7 +3,7 @@
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
     p <- p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps),   p <- p / max(||p||, 1e-12)
 
-Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), then `SAE.project`. torch's fused Adam reads
+Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), then unit norm. torch's fused Adam reads
 four matrices and writes three; the projection after it reads its matrix twice more and writes it
 once. Here a program keeps its row in registers between the two: 7 passes in place of 10, 3.2 GB
 less of 10.7 GB at 65,536 latents of width 2,048, encoder and decoder. The moments stay where
