@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.gba import assign_groups
-from sae_core.kernels.active import positive
+from sae_core.kernels.active import above
 from sae_core.nonlinearity import kth_largest
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
@@ -56,12 +56,12 @@ def follow_demand(
         kth /= dist.get_world_size()
     memory = MEMORY if len(state.demand) else 0.0
     state.threshold = memory * state.threshold + (1 - memory) * float(kth)
-    latent = positive(raw.sub_(state.threshold)) % sae.d_sae
-    above = torch.bincount(latent, minlength=sae.d_sae).double() / len(u)
+    _, latent = above(raw.sub_(state.threshold))
+    share = torch.bincount(latent, minlength=sae.d_sae).double() / len(u)
     if dist.is_initialized():
-        dist.all_reduce(above)
-        above /= dist.get_world_size()
-    state.demand = memory * state.demand + (1 - memory) * above if memory else above
+        dist.all_reduce(share)
+        share /= dist.get_world_size()
+    state.demand = memory * state.demand + (1 - memory) * share if memory else share
     order = state.demand.argsort(descending=True, stable=True)
     groups = assign_groups(sae.d_sae, config.gba.n_groups).to(u.device)
     state.group[order] = groups

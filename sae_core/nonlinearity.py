@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.errors import UserError
-from sae_core.kernels.codes import Codes, codes_at, codes_where
+from sae_core.kernels.active import above
+from sae_core.kernels.choice import cpu_kernels
+from sae_core.kernels.codes import Codes, codes_at, codes_where, row_starts
 
 
 def relu(pre: Float[Tensor, "n d_sae"]) -> Codes:
@@ -29,6 +31,9 @@ def topk(pre: Float[Tensor, "n d_sae"], k: int) -> Codes:
     """The k largest pre-activations of each token, of those the positive ones."""
     if not 1 <= k <= pre.shape[1]:
         raise UserError(f"k must lie between 1 and d_sae={pre.shape[1]}, got {k}.")
+    if (fast := cpu_kernels(pre, pre.numel())) is not None:
+        row, col = fast.top(pre.detach(), k)
+        return Codes(row_starts(row, len(pre)), row, col, pre[row, col], pre.shape[1])
     values, col = pre.topk(k, dim=-1, sorted=False)
     return codes_at(col, values, pre.shape[1])
 
@@ -37,20 +42,32 @@ def batch_topk(pre: Float[Tensor, "n d_sae"], k: int) -> Codes:
     """The n*k largest pre-activations of the batch, of those the positive ones."""
     if not 1 <= k <= pre.shape[1]:
         raise UserError(f"k must lie between 1 and d_sae={pre.shape[1]}, got {k}.")
-    smallest = kth_largest(pre.flatten(), k * pre.shape[0])
-    return codes_where(pre >= smallest.clamp_min(torch.finfo(pre.dtype).tiny), pre)
+    n = k * len(pre)
+    floor = _exceeded(pre.flatten(), n).clamp_min(0)
+    row, col = above(pre, floor)
+    if len(row) < n:
+        row, col = above(pre)
+    values = pre[row, col]
+    codes = Codes(row_starts(row, len(pre)), row, col, values, pre.shape[1])
+    if len(row) <= n:
+        return codes
+    return codes.keep(values >= values.kthvalue(len(row) - n + 1).values)
+
+
+def _exceeded(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
+    """A number that about 1.5 k of n values exceed, guessed from a strided sample."""
+    sample = values[::37]
+    rank = max(1, sample.shape[0] - int(1.5 * k * sample.shape[0] / values.shape[0]))
+    return sample.kthvalue(rank).values
 
 
 def kth_largest(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
     """The k-th largest of n values, 1 <= k <= n.
 
-    A strided sample guesses a bound that about 1.5 k exceed; ranking only those is exact where at
-    least k do, and several times cheaper than ranking all.
+    Only values above a guess are ranked: exact where at least k are, and several times cheaper than
+    ranking all.
     """
-    n = values.shape[0]
-    sample = values[::37]
-    rank = max(1, sample.shape[0] - int(1.5 * k * sample.shape[0] / n))
-    candidates = values[values > sample.kthvalue(rank).values]
+    candidates = values[values > _exceeded(values, k)]
     if candidates.shape[0] < k:
         candidates = values
     return candidates.kthvalue(candidates.shape[0] - k + 1).values

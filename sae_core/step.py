@@ -8,7 +8,7 @@ from sae_core import gba, loss, reweighting
 from sae_core.firing import FiringStats
 from sae_core.kernels import active, autograd, screen, sparse
 from sae_core.kernels.adam import Adam
-from sae_core.kernels.choice import kernels
+from sae_core.kernels.choice import kernels, products
 from sae_core.kernels.codes import Codes
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
@@ -40,8 +40,8 @@ def _above_threshold(sae: SAE, u: Tensor, config: TrainConfig) -> Codes:
 
 @torch.no_grad()
 def _ranked(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor]:
-    """Active entries of TopK and BatchTopK, and the pre-activations in float32."""
-    pre = sae.pre_activations(u, config.product_type).float()
+    """Active entries of TopK and BatchTopK, and the pre-activations as they were multiplied."""
+    pre = sae.pre_activations(u, config.product_type)
     codes = sae.select(pre)
     if config.precision != "float32":
         codes = active.exact_values(u - sae.b_dec, sae.W_enc, sae.b_enc, codes)
@@ -65,12 +65,10 @@ def dead_after_tokens(config: TrainConfig) -> int:
     return asked or min(10_000_000, config.steps * config.batch_size // 10)
 
 
-def _reconstruction(
-    sae: SAE, u: Tensor, codes: Codes, state: TrainState
-) -> tuple[Tensor, Tensor]:
+def _reconstruction(sae: SAE, u: Tensor, codes: Codes, state: TrainState) -> tuple[Tensor, Tensor]:
     """Reconstruction loss and u_hat of gated codes."""
     weights = None if state.weights is None else state.weights.squared
-    fast = kernels(u) if codes.density <= sparse.DENSE_ABOVE else None
+    fast = products(u, sae.d_sae) if codes.density <= sparse.DENSE_ABOVE else None
     if fast is not None and sae.d_in <= fast.MOST_COLUMNS:
         factor = 1 / (u.shape[0] * state.variance)
         return fast.reconstruction(sae.scaled(codes), sae.W_dec, sae.b_dec, u, factor, weights)
@@ -111,7 +109,7 @@ def _average_gradients(optimizer: Adam) -> None:
 
 def _update(sae: SAE, optimizer: Adam) -> None:
     """Adam's step, then unit norm where the kind asks for it."""
-    fast = kernels(sae.b_dec)
+    fast = products(sae.W_dec, sae.d_sae)
     if fast is not None and sae.d_in <= fast.MOST_COLUMNS:
         for matrix in sae.unit_matrices():
             fast.adam_unit_rows(optimizer, matrix)

@@ -44,8 +44,10 @@ HOMES = {
 }
 # What sae_core may import outside functions, beside the standard library and itself.
 CORE_TOP_LEVEL = {"torch", "numpy", "scipy", "pyarrow", "safetensors", "jaxtyping"}
+# What is imported at the first large matrix, where numba is installed.
+COMPILED = tuple(f"sae_core/kernels/{name}.py" for name in ("cpu", "loops", "search_loops"))
 # What loading every module of sae_core must not bring in.
-NOT_LOADED = ("transformers", "datasets", "sklearn", "faiss", "pandas", "jinja2", "triton")
+NOT_LOADED = ("transformers", "datasets", "sklearn", "faiss", "pandas", "jinja2", "triton", "numba")
 READS_ALL_APPLICATIONS = "report"
 
 
@@ -144,6 +146,7 @@ def wrong_homes(path: str, source: str) -> list[str]:
             known = package in sys.stdlib_module_names or package in CORE_TOP_LEVEL | {"sae_core"}
             # a kernel of an optional compiler is itself imported lazily, by device
             is_kernel = package == "triton" and fnmatch(path, "sae_core/kernels/triton*.py")
+            is_kernel |= package in ("numba", "llvmlite") and path in COMPILED
             # a model's classes derive from transformers' own: imported with a model at hand
             is_model = package == "transformers" and path == "sae_core/monet/model.py"
             if not known and not is_kernel and not is_model:
@@ -342,8 +345,9 @@ def test_importing_the_core_is_quick_and_loads_no_library():
 
 
 def test_loading_all_of_the_core_loads_no_model_or_application_library():
+    lazy = (*COMPILED, "sae_core/monet/model.py")
     every = [module_name(path) for path, _ in sources("sae_core")
-             if "triton" not in path and path != "sae_core/monet/model.py"]  # fmt: skip
+             if "triton" not in path and path not in lazy]  # fmt: skip
     loaded = loaded_modules("\n".join(f"import {name}" for name in every))
     assert "torch" in loaded, "control: the modules were not really loaded"
     assert loaded & set(NOT_LOADED) == set()

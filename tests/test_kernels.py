@@ -38,13 +38,20 @@ def test_csr_products_equal_the_dense_references(n, d_sae, d, density, seed):
     )
 
 
-@given(st.integers(1, 40), st.integers(1, 70), st.sampled_from(["float64", "float32", "bfloat16"]))
-def test_positive_finds_what_nonzero_finds(n, m, dtype):
+@given(
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.sampled_from(["float64", "float32", "bfloat16"]),
+    st.sampled_from([None, 0.0, 0.4]),
+)
+def test_above_finds_what_nonzero_finds(n, m, dtype, floor):
     generator = torch.Generator().manual_seed(n * m)
     matrix = torch.randn(n, m, generator=generator).to(getattr(torch, dtype)) - 1
     matrix[0, 0] = -0.0
-    expected = (matrix > 0).flatten().nonzero()[:, 0]
-    assert torch.equal(active.positive(matrix), expected)
+    floor = None if floor is None else torch.tensor(floor)
+    row, col = (matrix > (0 if floor is None else floor)).nonzero(as_tuple=True)
+    found = active.above(matrix, floor)
+    assert torch.equal(found[0], row) and torch.equal(found[1], col)
 
 
 @given(st.integers(1, 400), st.floats(0, 1), st.booleans(), st.integers(0, 99))

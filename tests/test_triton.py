@@ -80,6 +80,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     spied.MOST_COLUMNS = kernels.MOST_COLUMNS
     for module in (sparse, step):
         monkeypatch.setattr(module, "kernels", lambda tensor: spied)
+        monkeypatch.setattr(module, "products", lambda tensor, d_sae: spied)
     monkeypatch.setattr(sparse, "DENSE_ABOVE", 1.0)
     return asked
 
@@ -353,6 +354,7 @@ def trained(
 def test_training_is_that_of_the_present_path(kind, precision, more, request, monkeypatch):
     for module in (sparse, step):
         monkeypatch.setattr(module, "kernels", lambda tensor: None)
+        monkeypatch.setattr(module, "products", lambda tensor, d_sae: None)
     sae, state, records = trained(kind, precision, **more)
     monkeypatch.undo()
     asked = request.getfixturevalue("on_triton")

@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float, Int, Int32
 from scipy import sparse
 
-from sae_apps.geospatial.parallel import has_numba, in_threads
+from sae_apps.geospatial.parallel import in_threads
 from sae_apps.geospatial.permutation import inverse
 from sae_apps.geospatial.residual import Projection
+from sae_core.kernels.compiled import has_numba
 
 WIDTH = 16  # features of one compiled loop: two cache lines a place
 Perms = Int32[np.ndarray, "b n"]

@@ -22,9 +22,10 @@ from jaxtyping import Float, Int, Int32
 from scipy import sparse
 
 from sae_apps.geospatial.moran_links import Table, relabelled_rows, relabelled_table, table_of
-from sae_apps.geospatial.parallel import has_numba, in_threads, threads
+from sae_apps.geospatial.parallel import in_threads, threads
 from sae_apps.geospatial.permutation import inverse
 from sae_apps.geospatial.residual import Projection
+from sae_core.kernels.compiled import has_numba
 
 INNER = 4  # permutations for which a feature stays spread out: their tables fit in the cache
 Perms = Int32[np.ndarray, "b n"]

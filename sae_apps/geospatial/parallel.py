@@ -2,20 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-
-@cache
-def has_numba() -> bool:
-    """Whether the compiled loops can run here (extra ``cpu``)."""
-    return find_spec("numba") is not None
 
 
 def threads() -> int:

@@ -9,8 +9,7 @@ vectors b, in blocks of rows, so nothing of size n x d_sae exists. The compiled 
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 from sae_apps.selection.metrics import Measure
 from sae_core.errors import UserError
 from sae_core.features import shape_of
+from sae_core.kernels.compiled import has_numba
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -41,12 +41,6 @@ class Sums(NamedTuple):
     """Float64 sums of minima or of products."""
     norms: Float[np.ndarray, "rows"]
     """Float64 sums of the row's own weighted values, or of their squares."""
-
-
-@cache
-def has_numba() -> bool:
-    """Whether the compiled loops can run here."""
-    return find_spec("numba") is not None
 
 
 def threads() -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from sae_core.kernels import sparse
+from sae_core.kernels.choice import cpu_kernels
 from sae_core.kernels.codes import Codes, row_starts
 
 # of a block's product: 2% quicker than half of it, and most last caches hold it
@@ -43,15 +44,16 @@ def active_codes(
     size = block_rows(d_sae, dtype)
     is_exact = dtype == x.dtype and threshold is None
     product = _product(x, w, b if threshold is None else b - threshold, dtype)
-    places, values = [torch.zeros(0, dtype=torch.int64, device=x.device)], [x.new_zeros(0)]
+    nothing = torch.zeros(0, dtype=torch.int64, device=x.device)
+    rows, cols, values = [nothing], [nothing], [x.new_zeros(0)]
     for first in range(0, n, size):
         pre = product(slice(first, first + size))
-        place = positive(pre)
-        places.append(place + first * d_sae)
-        values.append(pre.view(-1)[place] if is_exact else x.new_empty(len(place)))
-    place = torch.cat(places)
-    row = place // d_sae
-    codes = Codes(row_starts(row, n), row, place - row * d_sae, torch.cat(values), d_sae)
+        row, col = above(pre)
+        rows.append(row + first)
+        cols.append(col)
+        values.append(pre[row, col] if is_exact else x.new_empty(len(row)))
+    row = torch.cat(rows)
+    codes = Codes(row_starts(row, n), row, torch.cat(cols), torch.cat(values), d_sae)
     return codes if is_exact else exact_values(x, w, b, codes)
 
 
@@ -83,11 +85,25 @@ def exact_values(
     return codes.with_values(sparse.sampled(codes, x, w.T) + b.index_select(0, codes.col))
 
 
-def positive(matrix: Float[Tensor, "n m"] | UInt8[Tensor, "n m"]) -> Int[Tensor, "nnz"]:
-    """Flat places, ascending, of what is above 0 in a contiguous matrix.
+def above(
+    matrix: Float[Tensor, "n m"] | UInt8[Tensor, "n m"], floor: Float[Tensor, ""] | None = None
+) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
+    """Rows and columns, ascending, of what is above `floor` in a contiguous matrix.
 
-    Numbers of two bytes below 0 become 0 in place.
+    Without numba and a floor, numbers of two bytes below 0 become 0 in place.
+
+    Args:
+        floor: 0 or more; None: 0.
     """
+    if (fast := cpu_kernels(matrix, matrix.numel())) is not None:
+        return fast.above(matrix, floor)
+    place = _positive(matrix if floor is None else matrix > floor)
+    row = place // max(1, matrix.shape[1])
+    return row, place - row * matrix.shape[1]
+
+
+def _positive(matrix: Tensor) -> Int[Tensor, "nnz"]:
+    """Flat places of what is above 0, by torch."""
     if matrix.dtype == torch.uint8:
         small = matrix.view(-1)
     elif matrix.element_size() == 2:

@@ -6,10 +6,36 @@ numba (extras ``cpu``, ``geo``) compiles; modules with such loops are imported o
 import os
 import tempfile
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sae_core.download import cache_dir
+
+
+@cache
+def has_numba() -> bool:
+    """Can compiled loops run here?"""
+    return find_spec("numba") is not None
+
+
+@cache
+def has_threads() -> bool:
+    """Has numba threads that any number of callers may use at once?
+
+    Those of OpenMP and TBB; its own, which stand in where neither is there, end the process.
+    """
+    return has_numba() and any(map(_loads, ("omppool", "tbbpool")))
+
+
+def _loads(layer: str) -> bool:
+    try:
+        import_module(f"numba.np.ufunc.{layer}")
+    except ImportError:
+        return False
+    return True
 
 
 def compiler(name: str) -> Callable[..., Callable[[Callable], Any]]:

@@ -26,14 +26,17 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from sae_core.kernels.active import BLOCK_BYTES, exact_values, positive
+from sae_core.kernels.active import BLOCK_BYTES, above, exact_values
+from sae_core.kernels.choice import numba_kernels
 from sae_core.kernels.codes import Codes, by_latent
+from sae_core.kernels.compiled import has_threads
 
 MARGIN = 2.0  # standard deviations of what rounding leaves; 3 brings a tenth more candidates
 MOST = 127  # largest integer
 BIAS_COLUMNS = 14
 EXTRA = BIAS_COLUMNS + 2
 USUAL = 64  # r of the median token: tokens of up to 64 times its largest entry keep c as it is
+UNIT_MARGIN = MARGIN / (sqrt(12) * MOST)  # of a row of norm 1, in the unit of its column
 MOST_COLUMNS = int(12 * (MOST / MARGIN) ** 2)  # of rows whose margin surely fits one column
 ROWS = 512  # latents rounded at once, while they are in the cache
 
@@ -42,7 +45,7 @@ ROWS = 512  # latents rounded at once, while they are in the cache
 def available() -> bool:
     """Does this processor have instructions for the product, and is it exact here?"""
     try:
-        if not torch.cpu._is_vnni_supported():
+        if not (has_threads() and torch.cpu._is_vnni_supported()):
             return False
         generator = torch.Generator().manual_seed(0)
         p, q = (torch.randint(-MOST, MOST + 1, (64, 80), generator=generator) for _ in range(2))
@@ -77,14 +80,14 @@ def active_codes(
     tokens, unit = _tokens(x)
     packed, bias = _packed(tokens), b if threshold is None else b - threshold
     size = max(ROWS, BLOCK_BYTES // n)
-    latents, places = w.T, []
+    weights, latents, tokens_of = w.T, [], []
     for first in range(0, d_sae, size):
         part = slice(first, first + size)
-        sums = _positive_part(_latents(latents[part], bias[part], unit), packed)
-        places.append(positive(sums) + first * n)
-    place = torch.cat(places)
-    latent = place // n
-    token = place - latent * n
+        sums = _positive_part(_latents(weights[part], bias[part], unit), packed)
+        latent, token = above(sums)
+        latents.append(latent + first)
+        tokens_of.append(token)
+    latent, token = torch.cat(latents), torch.cat(tokens_of)
     order, starts = by_latent(token, n)
     row, col = token[order], latent[order]
     return exact_values(x, w, b, Codes(starts, row, col, x.new_empty(len(row)), d_sae))
@@ -109,19 +112,7 @@ def _latents(
     rows: Float[Tensor, "m d_in"], bias: Float[Tensor, "m"], unit: float
 ) -> UInt8[Tensor, "m columns"]:
     """128 + p_m, T_m spread over the columns of the bias, the latent's margin, 127."""
-    m, d_in = rows.shape
-    p = torch.empty(m, d_in + EXTRA, dtype=torch.uint8)
-    spread = MOST * torch.arange(BIAS_COLUMNS)
-    for out, w, b in zip(p.split(ROWS), rows.split(ROWS), bias.split(ROWS), strict=True):
-        step = torch.maximum(_largest(w) / MOST, b.abs() * (unit / (MOST * BIAS_COLUMNS)))
-        rounded = (w / step[:, None]).round_()
-        total = (b * unit / step).ceil_()[:, None]
-        digits = (total - spread).clamp(0, MOST) - (-total - spread).clamp(0, MOST)
-        out[:, :d_in] = rounded.add_(128)
-        out[:, d_in : d_in + BIAS_COLUMNS] = digits.add_(128)
-        out[:, -2] = _margin(rounded.sub_(128)) + 128
-        out[:, -1] = MOST + 128
-    return p
+    return numba_kernels().round_latents(rows, bias, unit, MOST, BIAS_COLUMNS, UNIT_MARGIN)
 
 
 def _largest(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
@@ -131,12 +122,15 @@ def _largest(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
 
 def _margin(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
     """MARGIN ||row|| / sqrt(12) as a multiple of 127, which is the other factor of its column."""
-    return (rows.norm(dim=1) * (MARGIN / (sqrt(12) * MOST))).ceil_()
+    return (rows.norm(dim=1) * UNIT_MARGIN).ceil_()
 
 
 def _packed(q: Int[Tensor, "n columns"]) -> Tensor:
-    """Integers in [-127, 127] as the product wants its right side."""
-    return torch.ops.onednn.qlinear_prepack(q.to(torch.int8), None)
+    """Integers in [-127, 127] as the product wants its right side.
+
+    It takes them as they lie: oneDNN's own packing of one batch is a fifth of the product.
+    """
+    return q.to(torch.int8).T.contiguous().to_mkldnn()
 
 
 def _positive_part(p: UInt8[Tensor, "m columns"], packed: Tensor) -> UInt8[Tensor, "m n"]:

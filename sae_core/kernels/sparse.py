@@ -1,11 +1,11 @@
-"""The three products of sparse codes: torch's kernels, or Triton's on CUDA where it is installed.
+"""The three products of sparse codes: Triton's kernels, numba's (cpu.py), or torch's own.
 
-The references are in eager.py.
+The references are in eager.py, the choice is in choice.py.
 
-Weighted sums of rows are what `embedding_bag` makes; at 4,608 latents it takes half the time of
-MKL's sparse product, at 18,432 a quarter (benchmarks/LOG.md). A' is formed by a stable sort of the
-columns, which codes may carry. Above `DENSE_ABOVE` the dense references are faster, so the first
-steps of a run that starts dense do not crawl.
+Without numba, weighted sums of rows are what `embedding_bag` makes; at 4,608 latents it takes half
+the time of MKL's sparse product, at 18,432 a quarter (benchmarks/LOG.md). A' is formed by a stable
+sort of the columns, which codes may carry. Above `DENSE_ABOVE` the dense references are faster, so
+the first steps of a run that starts dense do not crawl.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_core.kernels import eager
-from sae_core.kernels.choice import kernels
+from sae_core.kernels.choice import kernels, products
 from sae_core.kernels.codes import Codes, by_latent
 
 DENSE_ABOVE = 0.15
@@ -45,7 +45,7 @@ def matmul(codes: Codes, w: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
     """A W."""
     if codes.density > DENSE_ABOVE:
         return eager.matmul(codes, w)
-    if (fast := kernels(w)) is not None:
+    if (fast := products(w, codes.d_sae)) is not None:
         return fast.matmul(codes, w)
     return _sums(codes.col, codes.crow, codes.values, w)
 
@@ -54,7 +54,7 @@ def matmul_t(codes: Codes, g: Float[Tensor, "n d"]) -> Float[Tensor, "d_sae d"]:
     """A' G."""
     if codes.density > DENSE_ABOVE:
         return eager.matmul_t(codes, g)
-    if (fast := kernels(g)) is not None:
+    if (fast := products(g, codes.d_sae)) is not None:
         return fast.matmul_t(codes, g)
     order, starts = codes.by_latent or by_latent(codes.col, codes.d_sae)
     return _sums(codes.row[order], starts, codes.values[order], g)
@@ -66,7 +66,7 @@ def sampled(
     """(G W') at the active entries, in the order of the codes."""
     if codes.density > DENSE_ABOVE:
         return eager.sampled(codes, g, w)
-    if (fast := kernels(g)) is not None:
+    if (fast := products(g, codes.d_sae)) is not None:
         return fast.sampled(codes, g, w)
     pattern = csr_tensor(
         codes.crow, codes.col, torch.zeros_like(codes.values, dtype=g.dtype), (codes.n, codes.d_sae)
