@@ -39,11 +39,17 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
             name = f"peak memory over the leanest peer's, {where}"
             found.append(Goal(name, share, "< 1", share < 1, note))
     qualities = [one for one in rows if one["part"] == "quality"]
-    for one in (q for q in qualities if q["trainer"].startswith("ours")):
+    kinds = dict.fromkeys(
+        (q["trainer"], q["d_sae"]) for q in qualities if q["trainer"].startswith("ours")
+    )
+    for kind in kinds:
+        same = [q for q in qualities if (q["trainer"], q["d_sae"]) == kind]
+        one = min(same, key=lambda q: q["fvu"])
         others = [q for q in qualities if q["trainer"] in TIMES and q["d_sae"] == one["d_sae"]]
         if others:
             best = min(others, key=lambda q: q["fvu"])
-            note = f"L0 {one['l0']:.1f}; {best['trainer']} {best['fvu']:.4f} at {best['l0']:.1f}"
+            note = f"L0 {one['l0']:.1f}, {one['lr_times']:g} times the rate; {best['trainer']} "
+            note += f"{best['fvu']:.4f} at {best['l0']:.1f}, {best['lr_times']:g} times"
             name = f"FVU of {one['trainer']} {one['setting']} over the best peer's"
             ratio = one["fvu"] / best["fvu"]
             found.append(Goal(name, ratio, "<= 1", ratio <= 1, note))

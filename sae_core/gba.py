@@ -16,7 +16,9 @@ to the error, so that a latent is held *at* its target:
 At fixed weights that is stochastic approximation (Robbins and Monro, 1951) of a quantile: q_m falls
 with the threshold -b_m, so the mean step has the sign of p_k - q_m and one root; decreasing steps
 with sum gamma_t = inf, sum gamma_t^2 < inf converge to it, the constant gamma used here stays
-within a neighbourhood of it that shrinks with gamma. Weights move, so gamma must not vanish.
+within a neighbourhood of it that shrinks with gamma. Weights move, so gamma must not vanish. They
+move most at the start, faster than a small gamma follows (L0 fell to half the target and took 100
+steps to return), so update u = 0, 1, ... takes gamma_u = gamma (1 + (boost - 1) DECAY^u).
 
 Other deviations, each a switch of `GBAConfig`: targets and groups come from the data (demand.py)
 unless htf and ltf are given; biases start at the data's (1 - p_k) quantile, not at 0 (`start`);
@@ -37,6 +39,7 @@ from torch import Tensor
 from sae_core.errors import UserError
 from sae_core.firing import Firing
 
+DECAY = 0.97  # of the larger steps at the start, an update
 MAX_SHARE = 4.0  # a burst of firing in one buffer moves a bias by at most 4 steps
 B_MIN = -1.0  # |w'u| <= 1 for unit vectors
 EPS = 1e-6  # the paper's resurrection floor, value unknown: "did not fire in the buffer"
@@ -61,6 +64,8 @@ class GBAConfig:
     gamma: float = 0.03
     """Step of the controller, as a share of head-room: the latent's own downwards, the mean of
     its group upwards."""
+    boost: float = 10.0
+    """The first update's step over `gamma`; the excess falls by 3% an update (published: 1)."""
     rule: Literal["proportional", "published"] = "proportional"
     """Steps in proportion to 1 - q/p in both directions, or the published one-sided rule."""
     period: int = 1
@@ -90,6 +95,8 @@ class GBAConfig:
             )
         if not 0 < self.gamma < 1:
             raise UserError(f"gamma must lie in (0, 1), got {self.gamma}.")
+        if self.boost < 1:
+            raise UserError(f"boost must be at least 1, got {self.boost}.")
 
     @property
     def follows_data(self) -> bool:
@@ -99,7 +106,7 @@ class GBAConfig:
 
 def _published(n_groups: int, htf: float, ltf: float) -> GBAConfig:
     return GBAConfig(
-        n_groups, htf, ltf, gamma=0.01, rule="published", period=50, b_max=0.0,
+        n_groups, htf, ltf, gamma=0.01, boost=1.0, rule="published", period=50, b_max=0.0,
         start="zero", centre="learned", calibrate_tokens=0,
     )  # fmt: skip
 
@@ -166,6 +173,11 @@ def group_targets(config: GBAConfig, k: int, d_sae: int) -> Float[Tensor, "n_gro
     return taf
 
 
+def step_size(update: int, config: GBAConfig) -> float:
+    """gamma of an update, counted from 0; below 1."""
+    return min(config.gamma * (1 + (config.boost - 1) * DECAY**update), 1 - EPS)
+
+
 def bias_update(
     b: Float[Tensor, "d_sae"],
     freq: Float[Tensor, "d_sae"],
@@ -173,6 +185,7 @@ def bias_update(
     group: Int[Tensor, "d_sae"],
     taf: Float[Tensor, "n_groups"],
     config: GBAConfig,
+    gamma: float | None = None,
 ) -> Float[Tensor, "d_sae"]:
     """One controller update (Algorithm 2), pure.
 
@@ -182,9 +195,11 @@ def bias_update(
         peak: largest pre-activation of the buffer (bias included).
         group: group of each latent, 0..K-1.
         taf: target frequency of each group.
+        gamma: step; None: that of the configuration.
     Returns:
         New biases in [-1, b_max].
     """
+    gamma = config.gamma if gamma is None else gamma
     r = peak.clamp_min(0).to(b.dtype)
     total = torch.zeros(len(taf), dtype=b.dtype, device=b.device).index_add_(0, group, r)
     n_live = torch.zeros_like(total).index_add_(0, group, (r > 0).to(b.dtype))
@@ -193,9 +208,9 @@ def bias_update(
     if config.rule == "proportional":
         share = (1 - freq / ceiling).clamp(-MAX_SHARE, 1).to(b.dtype)
         step = torch.where(share < 0, r, rbar[group])
-        return (b + config.gamma * share * step).clamp(B_MIN, config.b_max)
-    down = (b - config.gamma * r).clamp_min(B_MIN)
-    up = (b + config.gamma * rbar[group]).clamp_max(config.b_max)
+        return (b + gamma * share * step).clamp(B_MIN, config.b_max)
+    down = (b - gamma * r).clamp_min(B_MIN)
+    up = (b + gamma * rbar[group]).clamp_max(config.b_max)
     return torch.where(freq > ceiling, down, torch.where(freq < EPS, up, b))
 
 

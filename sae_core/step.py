@@ -175,5 +175,7 @@ def bias_step(sae: SAE, state: TrainState, config: gba.GBAConfig) -> None:
     """The controller's turn: b_enc from the buffer's firing, then an empty buffer."""
     firing = state.firing.compute()
     peak = gba.buffer_peak(sae.b_enc, firing, sae.config.gate)
-    sae.b_enc.copy_(gba.bias_update(sae.b_enc, firing.freq, peak, state.group, state.taf, config))
+    gamma = gba.step_size(state.step // config.period - 1, config)
+    measured = (firing.freq, peak, state.group, state.taf)
+    sae.b_enc.copy_(gba.bias_update(sae.b_enc, *measured, config, gamma))
     state.firing.clear()

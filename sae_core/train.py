@@ -83,6 +83,8 @@ class _Window:
 def _tensors(batches: Iterable[Activations | Tensor], sae: SAE) -> Iterator[Tensor]:
     for batch in batches:
         x = batch.x if isinstance(batch, Activations) else batch
+        if len(x) == 0:
+            raise UserError("Expected batches of at least one token, got an empty one.")
         yield x.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
 
 

@@ -1,6 +1,7 @@
 """Group Bias Adaptation against hand-computed cases of Algorithm 2 and its six properties."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from sae_core import gba
 from sae_core.errors import UserError
 from sae_core.firing import FiringStats
-from sae_core.gba import GBAConfig, bias_update
+from sae_core.gba import GBAConfig, bias_update, paper_main, step_size
 from sae_core.kernels.codes import codes_where
 from sae_core.sae import SAE, SAEConfig
 from sae_core.train import TrainConfig, TrainState, train
@@ -197,11 +198,36 @@ def test_groups_report_what_was_asked_and_what_came():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"htf": 0.001, "ltf": 0.1}, {"htf": 1.5}, {"htf": 0.1}, {"n_groups": 0}, {"gamma": 0.0}],
-)
+    [{"htf": 0.001, "ltf": 0.1}, {"htf": 1.5}, {"htf": 0.1}, {"n_groups": 0}, {"gamma": 0.0},
+     {"boost": 0.5}],
+)  # fmt: skip
 def test_bad_settings_are_refused_with_both_values(bad):
     with pytest.raises(UserError, match="got"):
         GBAConfig(**bad)
+
+
+def test_the_first_steps_of_the_controller_are_larger():
+    config = GBAConfig(gamma=0.03, boost=10.0)
+    sizes = [step_size(update, config) for update in range(400)]
+    assert sizes[0] == pytest.approx(0.3) and sizes[-1] == pytest.approx(0.03, rel=1e-3)
+    assert all(one > other for one, other in itertools.pairwise(sizes))
+    assert sizes[23] == pytest.approx(0.03 * (1 + 9 * 0.97**23))
+    assert step_size(0, GBAConfig(gamma=0.5)) < 1
+    assert {step_size(u, paper_main()) for u in (0, 50)} == {0.01}
+
+
+def test_training_counts_its_updates_for_them(monkeypatch):
+    config = GBAConfig(1, 0.1, 0.1, period=2, calibrate_tokens=0)
+    seen = []
+
+    def noted(*arguments):
+        seen.append(arguments[-1])
+        return bias_update(*arguments)
+
+    monkeypatch.setattr(gba, "bias_update", noted)
+    sae = SAE(SAEConfig(16, 64, k=8), generator=torch.Generator().manual_seed(0))
+    list(train(sae, iter(planted(1536, 1).split(256)), TrainConfig(steps=6, gba=config)))
+    assert seen == [step_size(update, config) for update in range(3)]
 
 
 @pytest.mark.parametrize("calibrate_tokens", [0, 1024])

@@ -257,6 +257,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 def test_bad_streams_are_refused():
     with pytest.raises(UserError, match="empty stream"):
         list(train(new("gba"), [], CONFIG))
+    with pytest.raises(UserError, match="at least one token, got an empty one"):
+        list(train(new("gba"), [planted(128), planted(128)[:0]], CONFIG))
     with pytest.raises(UserError, match="batches for 60 steps, got 2"):
         list(train(new("gba"), [planted(128), planted(128)], CONFIG))
     with pytest.raises(UserError, match=r"d_in=16\], got shape \[128, 17\]"):
