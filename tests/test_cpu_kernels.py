@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks import cpu_kernels
-from sae_core.kernels import active, eager, sparse
+from sae_core.kernels import active, choice, compiled, eager, sparse
 
 
 def test_both_sides_of_each_comparison_agree(monkeypatch) -> None:
@@ -20,11 +20,22 @@ def test_both_sides_of_each_comparison_agree(monkeypatch) -> None:
     torch.testing.assert_close(cpu_kernels.mkl_transposed(codes, u), sparse.matmul_t(codes, u))
 
 
+def test_the_loops_are_left_out_on_request_and_come_back(monkeypatch) -> None:
+    rows = torch.nn.functional.normalize(torch.randn(64, 32), dim=1)
+    monkeypatch.setattr(choice, "LARGE", 0)
+    with_loops = choice.products(rows, 64)
+    assert cpu_kernels.by_torch(lambda: choice.products(rows, 64))() is None
+    assert choice.products(rows, 64) is with_loops
+    for update in cpu_kernels.updates(rows).values():
+        update()
+    assert len(cpu_kernels.updates(rows)) == 1 + compiled.has_threads()
+
+
 def test_rows_and_goals_of_a_small_run(monkeypatch) -> None:
     monkeypatch.setattr(cpu_kernels, "N", 256)
     rows = cpu_kernels.kernel_rows(128, 1)
     assert rows[0]["what"] == "product bfloat16" and rows[0]["times"] == 1
-    assert {"active set", "active set, dense", "A W", "A' G", "step of GBA"} <= {
+    assert {"active set", "active set, dense", "A W", "A' G", "step of TopK, torch"} <= {
         row["what"] for row in rows
     }
     slow = [row | {"ms": 5.0} for row in rows]
