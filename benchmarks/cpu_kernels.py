@@ -187,7 +187,7 @@ def kernel_rows(d_sae: int, rounds: int) -> list[dict[str, Any]]:
         "step of GBA, torch": by_torch(gba), "step of GBA": gba,
         "step of TopK, torch": by_torch(topk), "step of TopK": topk,
     }  # fmt: skip
-    if screen.available():
+    if screen.serves(u):
         trainings["step of GBA, int8"] = steps(d_sae, tokens, "int8", "gba")
     else:
         del searches["active set, int8"]

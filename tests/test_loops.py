@@ -272,9 +272,27 @@ def test_threads_are_those_of_openmp_or_tbb(monkeypatch):
     def absent(name: str) -> None:
         raise ImportError(name)
 
-    compiled.has_threads.cache_clear()
+    compiled._has_layer.cache_clear()
     try:
         monkeypatch.setattr(compiled, "import_module", absent)
         assert not compiled.has_threads()
     finally:
-        compiled.has_threads.cache_clear()
+        compiled._has_layer.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_leaves_the_loops_alone():
+    code = """
+import os, torch
+torch.set_num_threads(1)
+from sae_core.kernels import active, compiled, screen
+matrix = torch.ones(1 << 10, 1 << 10)
+n = len(active.above(matrix)[0])
+assert compiled.has_threads()
+if os.fork() == 0:
+    assert not compiled.has_threads() and not screen.serves(matrix)
+    os._exit(0 if len(active.above(matrix)[0]) == n else 1)
+print(os.wait()[1])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "0\n", run.stderr

@@ -12,7 +12,7 @@ from sae_core.state import TrainConfig
 from sae_core.train import train
 
 with_instructions = pytest.mark.skipif(
-    not screen.available(), reason="needs a processor with VNNI, for products of 8-bit integers"
+    not screen.serves(torch.ones(1, 1)), reason="needs numba, and products of 8-bit integers (VNNI)"
 )
 
 

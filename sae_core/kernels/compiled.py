@@ -4,6 +4,7 @@ numba (extras ``cpu``, ``geo``) compiles; modules with such loops are imported o
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -21,13 +22,28 @@ def has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-@cache
 def has_threads() -> bool:
     """Has numba threads that any number of callers may use at once?
 
-    Those of OpenMP and TBB; its own, which stand in where neither is there, end the process.
+    Those of OpenMP and TBB; its own, which stand in where neither is there, end the process. So do
+    those of OpenMP in a fork of a process that has started them: there the answer is no.
     """
-    return has_numba() and any(map(_loads, ("omppool", "tbbpool")))
+    return not _forked and has_numba() and _has_layer()
+
+
+@cache
+def _has_layer() -> bool:
+    return any(map(_loads, ("omppool", "tbbpool")))
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _forked or "sae_core.kernels.cpu" in sys.modules
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _loads(layer: str) -> bool:

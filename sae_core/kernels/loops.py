@@ -91,19 +91,8 @@ def dots(many, crow, col, g, w, out):
 @jit(**ONE)
 @no_type_check
 def _reconstruct_row(
-    col,
-    values,
-    first,
-    end,
-    w,
-    bias,
-    x,
-    squared,
-    factor,
-    x_hat,
-    g,
-    d_values,
-):
+    col, values, first, end, w, bias, x, squared, factor, x_hat, g, d_values,
+):  # fmt: skip
     weighted, loss = len(squared) > 0, x.dtype.type(0)
     x_hat[:] = bias
     _sum_row(None, col, values, first, end, w, x_hat)

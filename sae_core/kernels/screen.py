@@ -38,14 +38,14 @@ EXTRA = BIAS_COLUMNS + 2
 USUAL = 64  # r of the median token: tokens of up to 64 times its largest entry keep c as it is
 UNIT_MARGIN = MARGIN / (sqrt(12) * MOST)  # of a row of norm 1, in the unit of its column
 MOST_COLUMNS = int(12 * (MOST / MARGIN) ** 2)  # of rows whose margin surely fits one column
-ROWS = 512  # latents rounded at once, while they are in the cache
+ROWS = 512  # fewest latents of a block
 
 
 @cache
 def available() -> bool:
     """Does this processor have instructions for the product, and is it exact here?"""
     try:
-        if not (has_threads() and torch.cpu._is_vnni_supported()):
+        if not torch.cpu._is_vnni_supported():
             return False
         generator = torch.Generator().manual_seed(0)
         p, q = (torch.randint(-MOST, MOST + 1, (64, 80), generator=generator) for _ in range(2))
@@ -57,8 +57,9 @@ def available() -> bool:
 
 
 def serves(x: Float[Tensor, "n d_in"]) -> bool:
-    """Can these tokens be screened here?"""
-    return not x.is_cuda and len(x) > 0 and x.shape[1] <= MOST_COLUMNS and available()
+    """Can these tokens be screened here? Rounding the latents needs numba."""
+    fits = not x.is_cuda and len(x) > 0 and x.shape[1] <= MOST_COLUMNS
+    return fits and has_threads() and available()
 
 
 @torch.no_grad()
