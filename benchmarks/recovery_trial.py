@@ -46,6 +46,7 @@ def path() -> dict[str, Trial]:
         "+ targets sum to k": Trial("gba", gba=summed),
         "+ targets from data": Trial("gba", gba=replace(base, calibrate_tokens=0)),
         "default": Trial("gba"),
+        "constant gamma": Trial("gba", gba=replace(base, boost=1.0)),
         "start b=0": Trial("gba", gba=replace(base, start="zero")),
         "tied": Trial("gba", tied=True),
         "published rule": Trial("gba", gba=replace(base, rule="published")),
