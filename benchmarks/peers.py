@@ -17,7 +17,7 @@ run. Every trainer is a process of its own (peers_drivers.py) that waits while a
    load average stands beside them. Peak memory of the process, its libraries included; start_MiB is
    what it held before its first step.
 3. Quality: FVU of held-out tokens after equal tokens at k active latents; every trainer, ours
-   included, at 1, 2 and 4 times its own learning rate, the best one counting.
+   included, at 1, 2, 4 and 8 times its own learning rate, the best one counting.
 
 torch.compile is not among the settings.
 """
@@ -57,7 +57,7 @@ SETTINGS = {
 }
 # either is about as quick, and they train differently: both are measured for quality
 OPTIMISERS = (("sparsify", "bfloat16"), ("sparsify", "adam bfloat16"))
-LR_TIMES = (1, 2, 4)
+LR_TIMES = (1, 2, 4, 8)
 SIZES = {  # d_sae and threads of each comparison, rounds, steps a round, steps for quality
     "reduced": (((4608, 1),), 3, 10, 64),
     "full": (((4608, 1), (4608, 2), (18432, 1), (18432, 2)), 5, 10, 128),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.peers import (
+    LR_TIMES,
     SETTINGS,
     Driver,
     chosen,
@@ -175,8 +176,8 @@ def test_quality_is_that_of_either_optimiser_of_sparsify(monkeypatch: pytest.Mon
     args = argparse.Namespace(size="full", part="quality", only=None)
     rows = measured(args, dict.fromkeys(best, "python"), {})
     pairs = [("sparsify", "bfloat16"), ("ours topk", "float32"), ("sparsify", "adam bfloat16")]
-    assert asked == [(*pair, times) for pair in pairs for times in (1, 2, 4)]  # ours as theirs
-    assert len({one["name"] for one in rows}) == 9
+    assert asked == [(*pair, times) for pair in pairs for times in LR_TIMES]  # ours as theirs
+    assert len({one["name"] for one in rows}) == 3 * len(LR_TIMES)
 
 
 def test_a_trainer_that_is_not_there_is_an_error(files: dict[str, str]) -> None:
