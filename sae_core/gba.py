@@ -17,8 +17,8 @@ At fixed weights that is stochastic approximation (Robbins and Monro, 1951) of a
 with the threshold -b_m, so the mean step has the sign of p_k - q_m and one root; decreasing steps
 with sum gamma_t = inf, sum gamma_t^2 < inf converge to it, the constant gamma used here stays
 within a neighbourhood of it that shrinks with gamma. Weights move, so gamma must not vanish. They
-move most at the start, faster than a small gamma follows (L0 fell to half the target and took 100
-steps to return), so update u = 0, 1, ... takes gamma_u = gamma (1 + (boost - 1) DECAY^u).
+move most at the start, faster than a small gamma follows (L0 fell below half the target and took
+80 steps to return), so update u = 0, 1, ... takes gamma_u = gamma (1 + (boost - 1) DECAY^u).
 
 Other deviations, each a switch of `GBAConfig`: targets and groups come from the data (demand.py)
 unless htf and ltf are given; biases start at the data's (1 - p_k) quantile, not at 0 (`start`);

@@ -37,8 +37,8 @@ class TrainConfig:
     """Tokens of the first batches that set b_dec and the starting thresholds."""
     precision: Precision = "float32"
     """Type of the encoder's product; active entries are always recomputed in float32. int8: 8-bit
-    integers with a margin (kernels/screen.py) where a threshold decides and the processor has
-    instructions for them (VNNI), else bfloat16."""
+    integers with a margin (kernels/screen.py) where a threshold decides, numba is installed and the
+    processor has instructions for them (VNNI), else bfloat16."""
     log_every: int = 10
     """Steps summed up in one StepRecord."""
     gba: GBAConfig = field(default_factory=GBAConfig)
