@@ -28,6 +28,10 @@ class Adam:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         """step, exp_avg and exp_avg_sq of every parameter that had a gradient."""
 
+    def group_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The group that a parameter is in."""
+        return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter; zeros before its first step."""
         if parameter not in self.state:
@@ -65,7 +69,7 @@ class Adam:
             parameter: [d_sae, d], one of the optimiser's, with a gradient.
         """
         assert parameter.grad is not None
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        group = self.group_of(parameter)
         state = self.moments(parameter)
         matrices = (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         for rows, g, m, v in zip(*(t.split(BLOCK_ROWS) for t in matrices), strict=True):

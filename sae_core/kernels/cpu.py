@@ -25,6 +25,7 @@ from torch import Tensor
 from sae_core.kernels import loops, search_loops
 from sae_core.kernels.adam import Adam
 from sae_core.kernels.codes import Codes, by_latent
+from sae_core.kernels.reconstruction import differentiable
 
 MOST_COLUMNS = 1 << 30  # any width will do
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -133,7 +134,7 @@ def adam_unit_rows(optimizer: Adam, parameter: Tensor) -> None:
     The gradient is used up: `optimizer.step()` afterwards updates the other parameters.
     """
     assert parameter.grad is not None and parameter.is_contiguous()
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    group = optimizer.group_of(parameter)
     state = optimizer.moments(parameter)
     state["step"] += 1
     t, (beta1, beta2) = int(state["step"]), group["betas"]
@@ -145,51 +146,20 @@ def adam_unit_rows(optimizer: Adam, parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class _Reconstruction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, w_dec: Tensor, b_dec: Tensor, x: Tensor, codes: Codes,
-        factor: float, squared: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x = x.contiguous()
-        x_hat, g, d_values = (torch.empty_like(t) for t in (x, x, values))
-        loss = x.new_empty(codes.n)
-        _run(
-            loops.reconstruct, codes.crow, codes.col, values, w_dec, b_dec, x,
-            x.new_empty(0) if squared is None else squared, x.new_full((), factor).numpy()[()],
-            x_hat, g, d_values, loss,
-        )  # fmt: skip
-        ctx.codes = codes.with_values(values.detach())
-        ctx.save_for_backward(g, d_values)
-        ctx.mark_non_differentiable(x_hat)
-        return loss.sum(), x_hat
-
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        g, d_values = ctx.saved_tensors
-        need_values, need_w, need_b, need_x = ctx.needs_input_grad[:4]
-        if d_loss != 1:
-            g, d_values = g * d_loss, d_values * d_loss
-        dw = matmul_t(ctx.codes, g) if need_w else None
-        db = g.sum(0) if need_b else None
-        return d_values if need_values else None, dw, db, -g if need_x else None, None, None, None
+def _reconstruct(
+    codes: Codes, w_dec: Tensor, b_dec: Tensor, x: Tensor, factor: float, squared: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Loss, x_hat and gradients: the rows of W_dec that a token names are read for x_hat and, while
+    they are in the cache, again for the gradient of the codes."""
+    x = x.contiguous()
+    x_hat, g, d_values = (torch.empty_like(t) for t in (x, x, codes.values))
+    loss = x.new_empty(codes.n)
+    _run(
+        loops.reconstruct, codes.crow, codes.col, codes.values, w_dec, b_dec, x,
+        x.new_empty(0) if squared is None else squared, x.new_full((), factor).numpy()[()],
+        x_hat, g, d_values, loss,
+    )  # fmt: skip
+    return loss.sum(), x_hat, g, d_values
 
 
-def reconstruction(
-    codes: Codes,
-    w_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, "d_in"],
-    x: Float[Tensor, "n d_in"],
-    factor: float,
-    squared_weights: Float[Tensor, "d_in"] | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_in"]]:
-    """factor * sum (A W_dec + b_dec - x)^2 gamma^2 and x_hat, which carries no gradient.
-
-    As `triton_loss.reconstruction`, which has the equations: the rows of W_dec that a token names
-    are read for x_hat and, while they are in the cache, again for the gradient of the codes.
-
-    Args:
-        factor: 1 / (n * variance), as `loss.reconstruction_loss` divides.
-        squared_weights: gamma^2 of every dimension; None: all 1.
-    """
-    return _Reconstruction.apply(codes.values, w_dec, b_dec, x, codes, factor, squared_weights)
+reconstruction = differentiable(_reconstruct, matmul_t)

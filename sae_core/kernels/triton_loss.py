@@ -12,16 +12,16 @@ few run at a time, leave more of them there. What is saved for certain are the p
 residual.
 """
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.kernels import triton_products
 from sae_core.kernels.codes import Codes
+from sae_core.kernels.reconstruction import differentiable
 from sae_core.kernels.triton_launch import launch
 
 CELLS = 8192  # numbers gathered at once, 32 to a thread
@@ -83,44 +83,4 @@ def _run(
     return loss.sum() * factor, x_hat, g, d_values
 
 
-class _Reconstruction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, w_dec: Tensor, b_dec: Tensor, x: Tensor, codes: Codes,
-        factor: float, squared: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.codes = codes.with_values(values.detach())
-        loss, x_hat, g, d_values = _run(ctx.codes, w_dec, b_dec, x, factor, squared)
-        ctx.save_for_backward(g, d_values)
-        ctx.mark_non_differentiable(x_hat)
-        return loss, x_hat
-
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        g, d_values = ctx.saved_tensors
-        need_values, need_w, need_b, need_x = ctx.needs_input_grad[:4]
-        g = g * d_loss
-        dw = triton_products.matmul_t(ctx.codes, g) if need_w else None
-        db = g.sum(0) if need_b else None
-        dx = -g if need_x else None
-        return d_values * d_loss if need_values else None, dw, db, dx, None, None, None
-
-
-def reconstruction(
-    codes: Codes,
-    w_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, "d_in"],
-    x: Float[Tensor, "n d_in"],
-    factor: float,
-    squared_weights: Float[Tensor, "d_in"] | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_in"]]:
-    """factor * sum (A W_dec + b_dec - x)^2 gamma^2 and x_hat, which carries no gradient.
-
-    Reference: ``factor * ((codes.to_dense() @ w_dec + b_dec - x).square() * gamma**2).sum()``.
-    Differentiable in the values of the codes, w_dec, b_dec and x.
-
-    Args:
-        factor: 1 / (n * variance), as `loss.reconstruction_loss` divides.
-        squared_weights: gamma^2 of every dimension; None: all 1.
-    """
-    return _Reconstruction.apply(codes.values, w_dec, b_dec, x, codes, factor, squared_weights)
+reconstruction = differentiable(_run, triton_products.matmul_t)

@@ -57,7 +57,7 @@ def adam_unit_rows(optimizer: Adam, parameter: Tensor) -> None:
         optimizer: owns the parameter.
         parameter: [d_sae, d], contiguous, with a gradient.
     """
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    group = optimizer.group_of(parameter)
     state = optimizer.moments(parameter)
     state["step"] += 1
     assert parameter.grad is not None
