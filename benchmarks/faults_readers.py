@@ -112,7 +112,7 @@ def _shards(root: Path, folder: Path) -> Read:
     from dataclasses import replace
 
     from sae_apps.tasks.inputs import open_inputs
-    from sae_core.shards import harvest_shards
+    from sae_core.harvest import harvest_shards
 
     settings = _settings(root)
     inputs = open_inputs(settings)

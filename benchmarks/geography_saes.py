@@ -17,9 +17,9 @@ from sae_core.activations import HarvestConfig
 from sae_core.buffer import batches
 from sae_core.download import cache_dir
 from sae_core.gba import GBAConfig
+from sae_core.harvest import harvest_shards
 from sae_core.models import LanguageModel, load_model
 from sae_core.sae import SAE, SAEConfig, load_sae, save_sae
-from sae_core.shards import harvest_shards
 from sae_core.state import TrainConfig, default_lr
 from sae_core.text import split_rows
 from sae_core.train import train

@@ -121,8 +121,8 @@ def harvested(folder: Path, n_tokens: int) -> ShardedActivations:
     """Activations of the demo text, made where they are not there."""
     from sae_apps.tasks.text import open_text
     from sae_core.activations import HarvestConfig
+    from sae_core.harvest import harvest_shards
     from sae_core.models import load_model
-    from sae_core.shards import harvest_shards
 
     config = HarvestConfig(max_tokens=n_tokens)
     lm = load_model("smollm2-135m", dtype=torch.bfloat16)

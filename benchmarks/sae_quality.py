@@ -26,10 +26,11 @@ from sae_apps.tasks.text import open_text
 from sae_core.buffer import batches
 from sae_core.download import cache_dir
 from sae_core.gba import GBAConfig, group_frequencies, paper_main, paper_recommended
+from sae_core.harvest import harvest_shards
 from sae_core.metrics import evaluate, loss_recovered
 from sae_core.models import LanguageModel, load_model
 from sae_core.sae import SAE, SAEConfig
-from sae_core.shards import ShardedActivations, harvest_shards
+from sae_core.shards import ShardedActivations
 from sae_core.text import TextSource, split_rows
 from sae_core.tokens import HarvestConfig
 from sae_core.train import TrainConfig, TrainState, train

@@ -34,3 +34,20 @@ def store_scale(result: Result) -> str:
         }
         for row in result["rows"]
     ])  # fmt: skip
+
+
+def scaling(result: Result) -> str:
+    """Steps in several processes, measured and on paper."""
+    return table([
+        {
+            "what": row["what"], "latents": f"{row['d_sae']:,}", "tokens a step": f"{row['batch']:,}",
+            "ms": f"{row['ms']:.1f}",
+            "range": "–" if row["low"] is None else f"{row['low']:.0f}–{row['high']:.0f}",
+            "tokens/s": f"{row['tokens_s']:,.0f}", "× one": f"{row['speedup']:.2f}",
+            "exchanged, MiB": f"{row['exchange_MiB']:,.0f}",
+            "MiB a process": f"{row['MiB']:,.0f}",
+            "FVU": "–" if row["fvu"] is None else f"{row['fvu']:.4f}",
+            "of the ms": row["parts_ms"] or "–",
+        }
+        for row in result["rows"]
+    ])  # fmt: skip

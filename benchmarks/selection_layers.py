@@ -36,12 +36,12 @@ from sae_core.activations import HarvestConfig, stream_activations
 from sae_core.buffer import batches
 from sae_core.download import cache_dir
 from sae_core.gba import GBAConfig
+from sae_core.harvest import harvest_shards
 from sae_core.kernels.codes import Codes
 from sae_core.metrics import evaluating
 from sae_core.models import LanguageModel, load_model
 from sae_core.pooling import RowPooler
 from sae_core.sae import SAE, SAEConfig, load_sae, save_sae
-from sae_core.shards import harvest_shards
 from sae_core.state import TrainConfig, default_lr
 from sae_core.text import TextRow, split_rows
 from sae_core.train import train

@@ -13,8 +13,9 @@ from jaxtyping import Int
 from benchmarks.common import ROOT
 from sae_core.download import sha256_file
 from sae_core.errors import UserError
+from sae_core.harvest import harvest_shards
 from sae_core.models import LanguageModel
-from sae_core.shards import ShardedActivations, harvest_shards
+from sae_core.shards import ShardedActivations
 from sae_core.text import TextRow, TextSource
 from sae_core.tokens import HarvestConfig
 

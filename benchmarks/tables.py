@@ -25,7 +25,7 @@ from benchmarks.identifiability_table import (
 from benchmarks.interop_table import interop
 from benchmarks.monet_table import monet_domains, monet_losses, monet_speed
 from benchmarks.peers_table import peers
-from benchmarks.scale_table import longrun, store_scale
+from benchmarks.scale_table import longrun, scaling, store_scale
 from benchmarks.selection_pages import (
     finetune,
     selection,
@@ -129,6 +129,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "similarity_goals": ("similarity", goals),
     "throughput": ("throughput", throughput),
     "throughput_goals": ("throughput", goals),
+    "scaling": ("scaling", scaling),
+    "scaling_goals": ("scaling", goals),
     "cpu_kernels": ("cpu_kernels", cpu_kernels),
     "cpu_kernels_goals": ("cpu_kernels", goals),
     "geography_goals_gemma": ("geography_gemma", goals),

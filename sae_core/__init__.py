@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.features import SparseFeatures as SparseFeatures
     from sae_core.featurize import featurize as featurize
     from sae_core.gba import GBAConfig as GBAConfig
+    from sae_core.harvest import harvest_shards as harvest_shards
     from sae_core.hooks import HookPoint as HookPoint
     from sae_core.hooks import resolve_hook_point as resolve_hook_point
     from sae_core.identifiability import Agreement as Agreement
@@ -64,7 +65,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.sae import load_sae as load_sae
     from sae_core.sae import save_sae as save_sae
     from sae_core.shards import ShardedActivations as ShardedActivations
-    from sae_core.shards import harvest_shards as harvest_shards
     from sae_core.state import TrainConfig as TrainConfig
     from sae_core.store import load_features as load_features
     from sae_core.store import save_features as save_features
@@ -130,7 +130,7 @@ HOME = {
     "load_sae": "sae",
     "save_sae": "sae",
     "ShardedActivations": "shards",
-    "harvest_shards": "shards",
+    "harvest_shards": "harvest",
     "TrainConfig": "state",
     "load_features": "store",
     "save_features": "store",

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
+from sae_core.dealer import Dealer
 from sae_core.errors import UserError
 from sae_core.hooks import HookPoint, read_and_stop, replace_value, resolve_hook_point
 from sae_core.models import LanguageModel
@@ -124,16 +125,18 @@ def harvest_batches(
     start: Cursor = START,
     prefetch: int = 2,
     dtype: torch.dtype | None = None,
+    dealer: Dealer | None = None,
 ) -> Generator[tuple[dict[str, Activations], Cursor | None], None, None]:
     """``stream_activations`` from a place in the text, with the place behind each window.
 
     The place comes with the last forward pass of the window, None with the others.
     What comes after ``start`` is the same, bit for bit, as in a run from the beginning;
-    ``config.max_tokens`` counts from ``start``.
+    ``config.max_tokens`` counts from ``start``. With a dealer several processes share the passes:
+    the first one yields all, the others nothing.
     """
     points = _resolve_all(lm, hook_points)
     _check_fits(lm, config)
-    return _harvest(lm, rows, points, config, start, prefetch, dtype)
+    return _harvest(lm, rows, points, config, start, prefetch, dtype, dealer)
 
 
 def _harvest(
@@ -144,20 +147,26 @@ def _harvest(
     start: Cursor,
     ahead: int,
     dtype: torch.dtype | None,
+    dealer: Dealer | None,
 ) -> Generator[tuple[dict[str, Activations], Cursor | None], None, None]:
+    def run(batch: TokenBatch) -> dict[str, Tensor]:
+        keep = batch.keep.to(lm.device)
+
+        def kept(value: Tensor) -> Tensor:
+            return value.flatten(0, 1).index_select(0, keep)
+
+        values = read_and_stop(lm.model, points, _inputs(lm, batch, config), kept)
+        return {name: x if dtype is None else x.to(dtype) for name, x in values.items()}
+
     for window in run_ahead(token_windows(lm.tokenizer, rows, config, start), ahead):
         for number, batch in enumerate(window.batches, start=1):
-            keep = batch.keep.to(lm.device)
-
-            def kept(value: Tensor, keep: Tensor = keep) -> Tensor:
-                return value.flatten(0, 1).index_select(0, keep)
-
-            values = read_and_stop(lm.model, points, _inputs(lm, batch, config), kept)
-            found = {
-                name: Activations(x if dtype is None else x.to(dtype), batch.row_id, batch.position)
-                for name, x in values.items()
-            }
-            yield found, window.end if number == len(window.batches) else None
+            values = dealer.values(batch, run) if dealer else run(batch)
+            if values is not None:
+                found = {
+                    name: Activations(x, batch.row_id, batch.position)
+                    for name, x in values.items()
+                }
+                yield found, window.end if number == len(window.batches) else None
 
 
 def _inputs(lm: LanguageModel, batch: TokenBatch, config: HarvestConfig) -> dict[str, Tensor]:

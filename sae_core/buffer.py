@@ -91,6 +91,7 @@ def batches(
     seed: int,
     epochs: int | None = None,
     start_step: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Activations]:
     """Batches of exactly ``batch_size`` tokens in an order shuffled anew in every epoch.
 
@@ -105,9 +106,12 @@ def batches(
         seed: at least 0; the order is a function of it alone.
         epochs: passes over the source; None for ever. What does not fill a last batch is left out.
         start_step: number of the first batch.
+        part: (i, n) gives the tokens i, i + n, ... of each batch, for one of n processes that share
+            it; only these are read.
 
     Raises:
-        UserError: empty source, a size below 1, or fewer tokens in all than one batch.
+        UserError: empty source, a size below 1, fewer tokens in all than one batch, or a batch that
+            n processes cannot share equally.
     """
     n = len(source)
     if batch_size < 1 or n < 1 or seed < 0 or start_step < 0:
@@ -120,7 +124,12 @@ def batches(
             f"One batch takes {batch_size} tokens, but {epochs} epochs of {n} tokens hold "
             f"{epochs * n}."
         )
-    return _batches(source, n, batch_size, seed, epochs, start_step)
+    if not 0 <= part[0] < part[1] or batch_size % part[1]:
+        raise UserError(
+            f"Expected a batch size that is a multiple of the {part[1]} processes which share it, "
+            f"got {batch_size} for part {part[0]}."
+        )
+    return _batches(source, n, batch_size, seed, epochs, start_step, part)
 
 
 def _batches(
@@ -130,10 +139,12 @@ def _batches(
     seed: int,
     epochs: int | None,
     start_step: int,
+    part: tuple[int, int],
 ) -> Iterator[Activations]:
-    step = start_step
+    step, (own, n_parts) = start_step, part
     while epochs is None or (step + 1) * batch_size <= epochs * n:
-        yield _take(source, _shuffled_indices(step * batch_size, batch_size, n, seed))
+        indices = _shuffled_indices(step * batch_size, batch_size, n, seed)
+        yield _take(source, indices[own::n_parts])
         step += 1
 
 

@@ -17,13 +17,11 @@ rule; benchmarks/recovery.py and benchmarks/LOG.md compare it with given targets
 """
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.gba import assign_groups
 from sae_core.kernels.active import above
-from sae_core.nonlinearity import kth_largest
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
 
@@ -48,24 +46,24 @@ def follow_demand(
     sae: SAE, u: Float[Tensor, "n d_in"], state: TrainState, config: TrainConfig
 ) -> None:
     """Measure the demand on a batch and give groups and targets of the state anew."""
-    u, dtype = u[:TOKENS], config.product_type
+    layout, dtype = state.layout, config.product_type
+    u = u[: TOKENS // layout.parts("tokens")]
+    n = len(u) * layout.parts("tokens")
     raw = (u - sae.b_dec).to(dtype) @ sae.W_enc.to(dtype)
-    kth = kth_largest(raw.flatten(), min(raw.numel(), sae.config.k * len(u))).float()
-    if dist.is_initialized():
-        dist.all_reduce(kth)
-        kth /= dist.get_world_size()
+    n_entries = raw.numel() * layout.parts("tokens") * layout.parts("latents")
+    kth = layout.kth_largest(raw.flatten(), min(n_entries, sae.config.k * n)).float()
     memory = MEMORY if len(state.demand) else 0.0
     state.threshold = memory * state.threshold + (1 - memory) * float(kth)
     _, latent = above(raw.sub_(state.threshold))
-    share = torch.bincount(latent, minlength=sae.d_sae).double() / len(u)
-    if dist.is_initialized():
-        dist.all_reduce(share)
-        share /= dist.get_world_size()
+    share = layout.add(torch.bincount(latent, minlength=sae.d_sae), "tokens").double() / n
     state.demand = memory * state.demand + (1 - memory) * share if memory else share
-    order = state.demand.argsort(descending=True, stable=True)
-    groups = assign_groups(sae.d_sae, config.gba.n_groups).to(u.device)
-    state.group[order] = groups
-    state.taf = targets(state.demand[order], groups, sae.config.k, config.gba.ratio)
+    demand = layout.all_latents(state.demand)
+    order = demand.argsort(descending=True, stable=True)
+    groups = assign_groups(len(demand), config.gba.n_groups).to(u.device)
+    group = torch.empty_like(groups)
+    group[order] = groups
+    state.group = layout.own_latents(group)
+    state.taf = targets(demand[order], groups, sae.config.k, config.gba.ratio)
 
 
 def targets(

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_core.kernels.codes import Codes
+from sae_core.parallel import Layout
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,11 @@ class FiringStats:
         self.peak = torch.maximum(self.peak, other.peak)
         self.n_tokens += other.n_tokens
 
-    def all_reduce(self) -> None:
-        """Merge over all ranks of torch.distributed (counts summed, peaks maximised)."""
-        import torch.distributed as dist
-
-        tokens = torch.tensor(self.n_tokens, device=self.count.device)
-        dist.all_reduce(self.count)
-        dist.all_reduce(tokens)
-        dist.all_reduce(self.peak, op=dist.ReduceOp.MAX)
-        self.n_tokens = int(tokens)
+    def all_reduce(self, layout: Layout) -> None:
+        """Merge over the processes that have the same latents, whose batches are equally large."""
+        layout.add(self.count, "tokens")
+        layout.largest(self.peak, "tokens")
+        self.n_tokens *= layout.parts("tokens")
 
     def clear(self) -> None:
         """Forget everything."""

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_core import nonlinearity
+from sae_core import nonlinearity, ranking
 from sae_core.errors import UserError
 from sae_core.kernels import autograd
 from sae_core.kernels.codes import Codes
+from sae_core.parallel import ALONE, Layout
 from sae_core.sae import SAE
 
 
@@ -75,11 +76,18 @@ def adapt_l1(l1: float, l0: float, k: int, config: SparsityConfig) -> float:
     return l1 * min(max(l0 / k, 1e-2), 1e2) ** config.l1_rate
 
 
-def jump(sae: SAE, codes: Codes, config: SparsityConfig) -> tuple[Codes, Float[Tensor, ""]]:
-    """JumpReLU activations and the L0 penalty, both with a gradient into the thresholds."""
+def jump(
+    sae: SAE, codes: Codes, config: SparsityConfig, layout: Layout = ALONE
+) -> tuple[Codes, Float[Tensor, ""]]:
+    """JumpReLU activations and the L0 penalty, both with a gradient into the thresholds.
+
+    The penalty is that of the L0 of all processes, its gradient that of this process's share.
+    """
     threshold = autograd.lookup(sae.threshold, codes)
     acts, on = nonlinearity.jump_straight_through(codes.values, threshold, config.bandwidth)
-    l0 = on.sum() / codes.n
+    own = on.sum() / codes.n
+    everyone = layout.average(layout.add(own.detach().clone(), "latents"), "tokens")
+    l0 = own + (everyone - own.detach())
     return codes.with_values(acts), config.penalty * (l0 / sae.config.k - 1).square()
 
 
@@ -90,15 +98,19 @@ def auxk_loss(
     pre: Float[Tensor, "n d_sae"],
     dead: Bool[Tensor, "d_sae"],
     k: int,
+    layout: Layout = ALONE,
 ) -> Float[Tensor, ""]:
     """||e - e_hat||^2 / ||e||^2: the dead latents explain what the others left, e = u - u_hat.
 
-    e carries no gradient and e_hat no b_dec (adding b_dec twice is a known bug elsewhere).
+    e carries no gradient and e_hat no b_dec (adding b_dec twice is a known bug elsewhere). ||e||^2
+    is the mean of the processes', so that the mean of their gradients is that of one ratio.
     """
     index = dead.nonzero()[:, 0]
     values, slot = pre[:, index].topk(min(k, len(index)), dim=-1, sorted=False)
     codes = nonlinearity.codes_at(index[slot], values.float(), sae.d_sae)
-    codes = autograd.encode(u, sae.W_enc, sae.b_enc, sae.b_dec, codes)
+    codes = ranking.best_of_all(codes, k, layout)
+    codes = autograd.encode(u, sae.W_enc, sae.b_enc, layout.shared(sae.b_dec), codes)
     error = (u - u_hat).detach()
-    missing = error - autograd.decode(codes, sae.W_dec)
-    return missing.square().sum() / error.square().sum().clamp_min(torch.finfo(u.dtype).tiny)
+    missing = error - layout.summed(autograd.decode(codes, sae.W_dec))
+    size = layout.average(error.square().sum(), "tokens")
+    return missing.square().sum() / size.clamp_min(torch.finfo(u.dtype).tiny)

@@ -43,7 +43,7 @@ def batch_topk(pre: Float[Tensor, "n d_sae"], k: int) -> Codes:
     if not 1 <= k <= pre.shape[1]:
         raise UserError(f"k must lie between 1 and d_sae={pre.shape[1]}, got {k}.")
     n = k * len(pre)
-    floor = _exceeded(pre.flatten(), n).clamp_min(0)
+    floor = exceeded(pre.flatten(), n).clamp_min(0)
     row, col = above(pre, floor)
     if len(row) < n:
         row, col = above(pre)
@@ -54,7 +54,7 @@ def batch_topk(pre: Float[Tensor, "n d_sae"], k: int) -> Codes:
     return codes.keep(values >= values.kthvalue(len(row) - n + 1).values)
 
 
-def _exceeded(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
+def exceeded(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
     """A number that about 1.5 k of n values exceed, guessed from a strided sample."""
     sample = values[::37]
     rank = max(1, sample.shape[0] - int(1.5 * k * sample.shape[0] / values.shape[0]))
@@ -67,7 +67,7 @@ def kth_largest(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
     Only values above a guess are ranked: exact where at least k are, and several times cheaper than
     ranking all.
     """
-    candidates = values[values > _exceeded(values, k)]
+    candidates = values[values > exceeded(values, k)]
     if candidates.shape[0] < k:
         candidates = values
     return candidates.kthvalue(candidates.shape[0] - k + 1).values

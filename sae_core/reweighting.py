@@ -204,9 +204,10 @@ def frobenius_distance(
 
 
 @torch.no_grad()
-def count_energy(weights: Weights, codes: Codes) -> None:
-    """Add a batch's squared activations to what the next refresh reads."""
-    weights.energy.index_add_(0, codes.col, codes.values.double().square())
+def energy(codes: Codes) -> Float[Tensor, "d_sae"]:
+    """Sum of each latent's squared activations, float64: what the next refresh reads."""
+    squares = codes.values.double().square()
+    return squares.new_zeros(codes.d_sae).index_add_(0, codes.col, squares)
 
 
 @torch.no_grad()
@@ -218,8 +219,6 @@ def refresh_weights(
     Args:
         directions: decoder rows, each times its latent's output scale.
     """
-    if torch.distributed.is_initialized():  # every rank counted its own tokens
-        torch.distributed.all_reduce(weights.energy)
     # rms times the root of the number of tokens, a common factor that falls out below
     rms = weights.energy.sqrt().to(directions.dtype)
     gamma = frobenius_weights((directions * rms[:, None]).T).sqrt()

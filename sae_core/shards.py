@@ -2,14 +2,12 @@
 
 A folder holds ``shard-00000.safetensors`` and so on (``row_id``, ``position`` and one matrix per
 hook point), ``progress.jsonl`` (the settings, then one line per finished shard) and, once complete,
-``manifest.json``. A shard is renamed into place before its line is written, and ends where a window
-of text ends: a run that was killed starts again behind the last line and writes the same bytes.
+``manifest.json``. A shard is renamed into place before its line is written; harvest.py writes them.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,148 +17,10 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_core.activations import Activations, harvest_batches
-from sae_core.disk import disk_errors
+from sae_core.activations import Activations
 from sae_core.errors import CorruptFileError, UserError
-from sae_core.models import LanguageModel
 from sae_core.shard_file import DTYPES, check_digest, check_size, map_shard
-from sae_core.shard_folder import MANIFEST, Journal, read_manifest
-from sae_core.text import TextRow
-from sae_core.tokens import START, Cursor, HarvestConfig, count_tokens, too_few_tokens
-
-
-def harvest_shards(
-    lm: LanguageModel,
-    rows: Iterable[TextRow],
-    hook_points: Sequence[str],
-    folder: str | os.PathLike[str],
-    config: HarvestConfig,
-    *,
-    dtype: str = "float32",
-    shard_tokens: int = 65536,
-    data_id: str | None = None,
-    prefetch: int = 2,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, "ShardedActivations"]:
-    """Write the activations of a text to a folder; complete, resumed or fresh, the bytes are equal.
-
-    Args:
-        lm: model and tokenizer.
-        rows: text that can be iterated again, e.g. a ``TextSource`` or a list.
-        hook_points: see ``resolve_hook_point``.
-        folder: new, empty, or holding the same harvest in part or whole; one writer at a time.
-        config: chunks, batches, which tokens are kept.
-        dtype: ``float32``, ``bfloat16`` or ``float16`` on disk.
-        shard_tokens: a shard ends with the first window that brings it to so many tokens; about
-            ``shard_tokens * d_in * len(hook_points)`` numbers are held in memory.
-        data_id: names the text; None takes ``rows.id``.
-        prefetch: windows tokenised ahead.
-        progress: called with the number of tokens so far, those of an earlier run included.
-
-    Returns:
-        The stored activations by hook point.
-
-    Raises:
-        UserError: the folder holds something else (the message says which setting differs), fewer
-            tokens than ``config.max_tokens`` (nothing is written), NaN or inf, a full disk.
-        CorruptFileError: a finished shard is gone or has another size.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if shard_tokens < 1:
-        raise UserError(f"shard_tokens must be at least 1, got {shard_tokens}.")
-    if iter(rows) is rows:
-        raise UserError(
-            "rows must be a source that can be read again (a list or a TextSource), got an "
-            f"iterator of type {type(rows).__name__}."
-        )
-    data_id = data_id or getattr(rows, "id", None)
-    if not data_id:
-        raise UserError("harvest_shards() needs data_id, as these rows carry no id of their own.")
-    names = list(dict.fromkeys(hook_points))
-    settings = {
-        "model_id": lm.model_id,
-        "revision": lm.revision,
-        "model_dtype": str(lm.model.dtype).removeprefix("torch."),
-        "data_id": data_id,
-        "hook_points": names,
-        "dtype": dtype,
-        "shard_tokens": shard_tokens,
-        **asdict(config),
-    }
-    folder = Path(folder)
-    with disk_errors(folder):
-        journal = Journal.open(folder, settings)
-        if not (folder / MANIFEST).exists():
-            _write_all(lm, rows, names, journal, config, prefetch, progress or (lambda _: None))
-    return {name: ShardedActivations.open(folder, name) for name in names}
-
-
-def _write_all(
-    lm: LanguageModel,
-    rows: Iterable[TextRow],
-    names: list[str],
-    journal: Journal,
-    config: HarvestConfig,
-    ahead: int,
-    progress: Callable[[int], None],
-) -> None:
-    done = sum(shard.tokens for shard in journal.shards)
-    last = journal.shards[-1] if journal.shards else None
-    left = None if config.max_tokens is None else config.max_tokens - done
-    if left != 0:
-        batches = harvest_batches(
-            lm,
-            rows,
-            names,
-            replace(config, max_tokens=left),
-            start=Cursor(last.rows, last.chunks) if last else START,
-            prefetch=ahead,
-            dtype=DTYPES[journal.settings["dtype"]],
-        )
-        if last is None:
-            _check_enough(lm, rows, config, journal.settings["data_id"])
-        journal.start()
-        with closing(batches):
-            _write_shards(batches, names, journal, done, progress)
-    journal.finish()
-
-
-def _check_enough(
-    lm: LanguageModel, rows: Iterable[TextRow], config: HarvestConfig, data_id: str
-) -> None:
-    """Too little text is known before the first forward pass, not after hours of them."""
-    wanted = config.max_tokens or 1
-    available = count_tokens(lm.tokenizer, rows, config, wanted)
-    if not available:
-        raise UserError(f"The text {data_id!r} has no token to keep.")
-    if available < wanted:
-        raise too_few_tokens(wanted, available)
-
-
-def _write_shards(
-    batches: Iterator[tuple[dict[str, Activations], Cursor | None]],
-    names: list[str],
-    journal: Journal,
-    done: int,
-    progress: Callable[[int], None],
-) -> None:
-    parts: list[dict[str, Activations]] = []
-    size = 0
-    end: Cursor | None = None
-    for values, end in batches:
-        parts.append({name: _on_cpu(values[name]) for name in names})
-        size += len(parts[-1][names[0]])
-        progress(done + size)
-        if end is not None and size >= journal.settings["shard_tokens"]:
-            journal.add(parts, end)
-            done, parts, size = done + size, [], 0
-    if parts and end is not None:
-        journal.add(parts, end)
-
-
-def _on_cpu(item: Activations) -> Activations:
-    return item if item.x.device.type == "cpu" else replace(item, x=item.x.cpu())
+from sae_core.shard_folder import read_manifest
 
 
 @dataclass(frozen=True, eq=False)

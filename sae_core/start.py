@@ -7,6 +7,7 @@ from torch import Tensor
 from sae_core import gba
 from sae_core.firing import FiringStats
 from sae_core.kernels.adam import Adam
+from sae_core.parallel import ALONE, Layout
 from sae_core.reweighting import start_weights
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
@@ -42,8 +43,15 @@ def make_optimizer(sae: SAE, config: TrainConfig, spread: float) -> Adam:
 
 
 @torch.no_grad()
-def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> TrainState:
-    """Set b_dec, variance, groups and starting thresholds from the first tokens."""
+def start(
+    sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig, layout: Layout = ALONE
+) -> TrainState:
+    """Set b_dec, variance, groups and starting thresholds from the first tokens.
+
+    Args:
+        sample: the same on all processes.
+    """
+    d_sae = sae.d_sae * layout.parts("latents")
     u, _ = sae.normalise(sample)
     mean = u.mean(0)
     sae.b_dec.copy_(mean)
@@ -52,18 +60,19 @@ def start(sae: SAE, sample: Float[Tensor, "n d_in"], config: TrainConfig) -> Tra
         variance=variance, spread=variance**0.5, l1=config.sparsity.l1,
         firing=FiringStats(sae.d_sae, u.device),
         tokens_since=torch.zeros(sae.d_sae, dtype=torch.int64, device=u.device),
-        weights=start_weights(u, sae.d_sae, config.weights),
+        weights=start_weights(u, sae.d_sae, config.weights), layout=layout,
     )  # fmt: skip
     if state.weights is not None:
         state.variance = state.weights.total
     if sae.config.kind == "gba":
-        state.group = gba.assign_groups(sae.d_sae, config.gba.n_groups).to(u.device)
-        state.taf = gba.group_targets(config.gba, sae.config.k, sae.d_sae).to(u.device)
+        group = gba.assign_groups(d_sae, config.gba.n_groups)
+        state.group = layout.own_latents(group).to(u.device)
+        state.taf = gba.group_targets(config.gba, sae.config.k, d_sae).to(u.device)
         if config.gba.start == "quantile":
             threshold = data_thresholds(sae, u, state.taf[state.group])
             sae.b_enc.copy_((-threshold).clamp(gba.B_MIN, config.gba.b_max))
     elif sae.config.kind == "jumprelu":
-        freq = torch.full((sae.d_sae,), min(0.5, sae.config.k / sae.d_sae), dtype=torch.float64)
+        freq = torch.full((sae.d_sae,), min(0.5, sae.config.k / d_sae), dtype=torch.float64)
         sae.threshold.copy_(data_thresholds(sae, u, freq.to(u.device)).clamp_min(0))
     state.optimizer = make_optimizer(sae, config, state.spread)
     return state

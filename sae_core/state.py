@@ -12,6 +12,7 @@ from sae_core.firing import FiringStats
 from sae_core.gba import GBAConfig
 from sae_core.kernels.adam import Adam
 from sae_core.loss import SparsityConfig
+from sae_core.parallel import ALONE, Layout
 from sae_core.reweighting import WeightConfig, Weights
 
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -70,7 +71,10 @@ class TrainConfig:
 
 @dataclass
 class TrainState:
-    """Everything besides the weights that a step reads and writes; see checkpoint.py."""
+    """Everything besides the weights that a step reads and writes; see checkpoint.py.
+
+    Tensors of [d_sae] numbers hold those of this process's latents; `taf` is that of all groups.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -85,6 +89,7 @@ class TrainState:
     tokens_since: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     optimizer: Adam | None = None
     weights: Weights | None = None
+    layout: Layout = ALONE
 
     @property
     def started(self) -> bool:

@@ -1,15 +1,15 @@
 """One training step: gradient step, firing counts, bias step."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from sae_core import gba, loss, reweighting
+from sae_core import gba, loss, ranking, reweighting
 from sae_core.firing import FiringStats
 from sae_core.kernels import active, autograd, screen, sparse
 from sae_core.kernels.adam import Adam
 from sae_core.kernels.choice import kernels, products
 from sae_core.kernels.codes import Codes
+from sae_core.parallel import Layout
 from sae_core.sae import SAE
 from sae_core.state import TrainConfig, TrainState
 
@@ -39,20 +39,22 @@ def _above_threshold(sae: SAE, u: Tensor, config: TrainConfig) -> Codes:
 
 
 @torch.no_grad()
-def _ranked(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor]:
+def _ranked(sae: SAE, u: Tensor, layout: Layout, config: TrainConfig) -> tuple[Codes, Tensor]:
     """Active entries of TopK and BatchTopK, and the pre-activations as they were multiplied."""
     pre = sae.pre_activations(u, config.product_type)
-    codes = sae.select(pre)
+    codes = ranking.select(sae, pre, layout)
     if config.precision != "float32":
         codes = active.exact_values(u - sae.b_dec, sae.W_enc, sae.b_enc, codes)
         codes = codes.keep(codes.values > 0)
     return codes, pre
 
 
-def _active_set(sae: SAE, u: Tensor, config: TrainConfig) -> tuple[Codes, Tensor | None]:
+def _active_set(
+    sae: SAE, u: Tensor, layout: Layout, config: TrainConfig
+) -> tuple[Codes, Tensor | None]:
     """Active entries with exact pre-activations, and the dense pre-activations if there are any."""
     if sae.config.kind in RANKED:
-        codes, pre = _ranked(sae, u, config)
+        codes, pre = _ranked(sae, u, layout, config)
     else:
         codes, pre = _above_threshold(sae, u, config), None
     # on a GPU the kernels find the order by latent
@@ -68,11 +70,12 @@ def dead_after_tokens(config: TrainConfig) -> int:
 def _reconstruction(sae: SAE, u: Tensor, codes: Codes, state: TrainState) -> tuple[Tensor, Tensor]:
     """Reconstruction loss and u_hat of gated codes."""
     weights = None if state.weights is None else state.weights.squared
-    fast = products(u, sae.d_sae) if codes.density <= sparse.DENSE_ABOVE else None
+    is_whole = state.layout.parts("latents") == 1 and codes.density <= sparse.DENSE_ABOVE
+    fast = products(u, sae.d_sae) if is_whole else None
     if fast is not None and sae.d_in <= fast.MOST_COLUMNS:
         factor = 1 / (u.shape[0] * state.variance)
         return fast.reconstruction(sae.scaled(codes), sae.W_dec, sae.b_dec, u, factor, weights)
-    u_hat = sae.decode_sparse(codes)
+    u_hat = state.layout.summed(autograd.decode(sae.scaled(codes), sae.W_dec)) + sae.b_dec
     return loss.reconstruction_loss(u_hat, u, state.variance, weights), u_hat
 
 
@@ -80,10 +83,11 @@ def _losses(
     sae: SAE, u: Tensor, state: TrainState, config: TrainConfig
 ) -> tuple[Tensor, Codes, Tensor]:
     """Total loss, the codes that fired, and u_hat."""
-    codes, pre = _active_set(sae, u, config)
-    codes = autograd.encode(u, sae.W_enc, sae.b_enc, sae.b_dec, codes)
+    layout = state.layout
+    codes, pre = _active_set(sae, u, layout, config)
+    codes = autograd.encode(u, sae.W_enc, sae.b_enc, layout.shared(sae.b_dec), codes)
     if sae.config.kind == "jumprelu":
-        codes, extra = loss.jump(sae, codes, config.sparsity)
+        codes, extra = loss.jump(sae, codes, config.sparsity, layout)
         fired = codes.keep(codes.values > 0)
     else:
         codes = fired = sae.gate(codes)
@@ -93,18 +97,17 @@ def _losses(
         extra = state.l1 * loss.l1_penalty(codes)
     if sae.config.kind in RANKED and config.sparsity.auxk:
         dead = state.tokens_since >= dead_after_tokens(config)
-        if pre is not None and dead.any():
+        if pre is not None and layout.add(dead.sum(), "latents") > 0:
             k = config.sparsity.auxk_k or sae.d_in // 2
-            extra = config.sparsity.auxk * loss.auxk_loss(sae, u, u_hat, pre, dead, k)
+            extra = config.sparsity.auxk * loss.auxk_loss(sae, u, u_hat, pre, dead, k, layout)
     return error + extra, fired, u_hat
 
 
-def _average_gradients(optimizer: Adam) -> None:
+def _average_gradients(optimizer: Adam, layout: Layout) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+                layout.average(parameter.grad, "tokens")
 
 
 def _update(sae: SAE, optimizer: Adam) -> None:
@@ -130,8 +133,7 @@ def gradient_step(
     total, codes, u_hat = _losses(sae, u, state, config)
     state.optimizer.zero_grad()
     total.backward()
-    if dist.is_initialized():
-        _average_gradients(state.optimizer)
+    _average_gradients(state.optimizer, state.layout)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["factor"]
     _update(sae, state.optimizer)
@@ -139,23 +141,22 @@ def gradient_step(
 
 
 def count_firing(sae: SAE, codes: Codes, state: TrainState, config: TrainConfig) -> None:
-    """Merge the batch's firing into the state: over ranks, and into the age of every latent."""
-    batch = FiringStats(sae.d_sae, codes.col.device)
+    """Merge the batch's firing into the state: of all tokens, and into the age of every latent."""
+    batch, layout = FiringStats(sae.d_sae, codes.col.device), state.layout
     batch.update(codes)
-    if dist.is_initialized():
-        batch.all_reduce()
+    batch.all_reduce(layout)
     state.firing.merge(batch)
     state.tokens_since += batch.n_tokens
     state.tokens_since[batch.count > 0] = 0
     state.step += 1
     state.tokens += batch.n_tokens
     if sae.config.kind == "relu":
-        l0 = float(batch.count.sum()) / batch.n_tokens
+        l0 = float(layout.add(batch.count.sum(), "latents")) / batch.n_tokens
         state.l1 = loss.adapt_l1(state.l1, l0, sae.config.k, config.sparsity)
     if sae.config.kind == "batch_topk":
         _track_threshold(sae, codes, state)
     if state.weights is not None and config.weights.kind == "frobenius":
-        reweighting.count_energy(state.weights, codes)
+        state.weights.energy += layout.add(reweighting.energy(codes), "tokens")
         if state.step % config.weights.refresh == 0:
             directions = sae.W_dec.detach() * sae.scale.detach()[:, None]
             reweighting.refresh_weights(state.weights, directions, config.weights)
@@ -165,7 +166,10 @@ def count_firing(sae: SAE, codes: Codes, state: TrainState, config: TrainConfig)
 @torch.no_grad()
 def _track_threshold(sae: SAE, codes: Codes, state: TrainState, rate: float = 0.01) -> None:
     """BatchTopK's inference threshold: running mean of the smallest active value of each batch."""
-    smallest = codes.values.min() if codes.values.numel() else sae.threshold[0]
+    found = codes.values
+    smallest = found.min() if found.numel() else found.new_full((), torch.inf)
+    state.layout.smallest(smallest, "tokens", "latents")
+    smallest = torch.where(smallest < torch.inf, smallest, sae.threshold[0])
     weight = max(rate, 1 / state.step)
     sae.threshold.add_(weight * (smallest - sae.threshold))
 
@@ -173,9 +177,11 @@ def _track_threshold(sae: SAE, codes: Codes, state: TrainState, rate: float = 0.
 @torch.no_grad()
 def bias_step(sae: SAE, state: TrainState, config: gba.GBAConfig) -> None:
     """The controller's turn: b_enc from the buffer's firing, then an empty buffer."""
-    firing = state.firing.compute()
+    firing, layout = state.firing.compute(), state.layout
     peak = gba.buffer_peak(sae.b_enc, firing, sae.config.gate)
     gamma = gba.step_size(state.step // config.period - 1, config)
-    measured = (firing.freq, peak, state.group, state.taf)
-    sae.b_enc.copy_(gba.bias_update(sae.b_enc, *measured, config, gamma))
+    # of all latents, since a group's mean head-room is that of its latents wherever they are
+    b, freq, peak, group = map(layout.all_latents, (sae.b_enc, firing.freq, peak, state.group))
+    new = gba.bias_update(b, freq, peak, group, state.taf, config, gamma)
+    sae.b_enc.copy_(layout.own_latents(new))
     state.firing.clear()

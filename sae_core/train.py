@@ -6,8 +6,9 @@
 
 One step is a gradient step on {W_enc, W_dec, scale, ...} and, for kind="gba", now and then a bias
 step of the controller (arXiv 2506.14002); the two never touch the same tensor. Under
-torch.distributed each rank passes its own batches; gradients are averaged and firing counts
-merged, so the result is that of one process with the joined batch.
+torch.distributed each process passes its own part of every batch (`buffer.batches(part=...)`);
+sums, maxima and rankings are those of all (parallel.py), so the result is that of one process with
+the joined batch, to rounding. `sharded.py` splits the latents too.
 """
 
 from collections import deque
@@ -22,6 +23,7 @@ from sae_core.activations import Activations
 from sae_core.demand import asks, follow_demand
 from sae_core.errors import UserError
 from sae_core.kernels.codes import Codes
+from sae_core.parallel import Layout, world_layout
 from sae_core.sae import SAE
 from sae_core.start import calibrate, start
 from sae_core.state import TrainConfig, TrainState, default_lr, learning_rate
@@ -56,28 +58,40 @@ class _Window:
     """
 
     def __init__(self) -> None:
-        self.active = self.n = 0.0
+        self.n = 0
         # on the device until the record: a number asked for at every step would hold it up
-        self.residual: Tensor | float = 0.0
-        self.square: Tensor | float = 0.0
-        self.total: Tensor | float = 0.0
+        self.sums: dict[str, Tensor] = {}
         self.origin: Tensor | None = None
 
-    def add(self, u: Tensor, u_hat: Tensor, codes: Codes) -> None:
-        self.origin = u.mean(0) if self.origin is None else self.origin
+    def add(self, u: Tensor, u_hat: Tensor, codes: Codes, layout: Layout) -> None:
+        if self.origin is None:
+            self.origin = layout.average(u.mean(0), "tokens")
         error, offset = (u - u_hat).flatten(), u - self.origin
-        self.residual = self.residual + error.dot(error).double()
-        self.square = self.square + offset.flatten().dot(offset.flatten()).double()
-        self.total = self.total + offset.sum(0).double()
-        self.active += codes.col.shape[0]
-        self.n += u.shape[0]
+        new = {
+            "residual": error.dot(error).double(),
+            "square": offset.flatten().dot(offset.flatten()).double(),
+            "total": offset.sum(0).double(),
+            "active": torch.tensor(codes.col.shape[0]),
+        }
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in new.items()}
+        self.n += len(u)
 
     def record(self, state: TrainState, dead_after: int, lr: float) -> StepRecord:
-        assert isinstance(self.total, Tensor)
-        variation = float(self.square) - float(self.total.square().sum()) / self.n
-        dead = float((state.tokens_since >= dead_after).double().mean())
-        fvu = float(self.residual) / max(variation, 1e-30)
-        return StepRecord(state.step, state.tokens, fvu, self.active / self.n, dead, lr)
+        layout, device = state.layout, self.sums["total"].device
+        own = self.sums | {"n": torch.tensor(self.n, device=device)}
+        sums = {name: layout.add(s.to(device), "tokens") for name, s in own.items()}
+        n = int(sums["n"])
+        if n != self.n * layout.parts("tokens"):
+            raise UserError(
+                f"Expected batches of one size on all processes, got {self.n} tokens here and {n} "
+                f"on {layout.parts('tokens')} processes together."
+            )
+        variation = float(sums["square"]) - float(sums["total"].square().sum()) / n
+        fvu = float(sums["residual"]) / max(variation, 1e-30)
+        l0 = float(layout.add(sums["active"], "latents")) / n
+        dead = (state.tokens_since >= dead_after).double().mean()
+        dead_fraction = float(layout.average(dead, "latents"))
+        return StepRecord(state.step, state.tokens, fvu, l0, dead_fraction, lr)
 
 
 def _tensors(batches: Iterable[Activations | Tensor], sae: SAE) -> Iterator[Tensor]:
@@ -88,14 +102,18 @@ def _tensors(batches: Iterable[Activations | Tensor], sae: SAE) -> Iterator[Tens
         yield x.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
 
 
-def _peek(stream: Iterator[Tensor], n_tokens: int) -> tuple[Tensor, Iterator[Tensor]]:
-    """The first n_tokens tokens (fewer where the stream is short) and the stream unharmed."""
+def _peek(
+    stream: Iterator[Tensor], n_tokens: int, layout: Layout
+) -> tuple[Tensor, Iterator[Tensor]]:
+    """The first n_tokens tokens of all parts (fewer where the stream is short), and the stream."""
     head: list[Tensor] = []
-    while sum(map(len, head)) < n_tokens and (batch := next(stream, None)) is not None:
+    own = -(-n_tokens // layout.parts("tokens"))
+    while sum(map(len, head)) < own and (batch := next(stream, None)) is not None:
         head.append(batch)
     if not head:
         raise UserError("Expected activations to train on, got an empty stream.")
-    return torch.cat(head)[:n_tokens], _again(deque(head), stream)
+    sample = layout.all_tokens(torch.cat(head)[:own])
+    return sample[:n_tokens], _again(deque(head), stream)
 
 
 def _keep_freed_memory() -> None:
@@ -134,12 +152,16 @@ def train(
         UserError: width that does not fit, or fewer batches than steps.
     """
     state = TrainState() if state is None else state
+    if state.layout.mesh is None:
+        state.layout = world_layout(device=sae.device.type)
+    layout = state.layout
     _keep_freed_memory()
     stream = _tensors(batches, sae)
     if not state.started:
-        sample, stream = _peek(stream, config.init_tokens)
-        state.__dict__.update(start(sae, sample, config).__dict__)
-    peak = default_lr(sae.config.kind, sae.d_sae) if config.lr is None else config.lr
+        sample, stream = _peek(stream, config.init_tokens, layout)
+        state.__dict__.update(start(sae, sample, config, layout).__dict__)
+    d_sae = sae.d_sae * layout.parts("latents")
+    peak = default_lr(sae.config.kind, d_sae) if config.lr is None else config.lr
     window, dead_after = _Window(), dead_after_tokens(config)
     sae.train()
     while state.step < config.steps:
@@ -154,10 +176,11 @@ def train(
             follow_demand(sae, u, state, config)
         if sae.config.kind == "gba" and state.step % config.gba.period == 0:
             bias_step(sae, state, config.gba)
-        window.add(u, u_hat, codes)
+        window.add(u, u_hat, codes, layout)
         if state.step == config.steps and sae.config.kind == "gba":
             if config.gba.calibrate_tokens:
-                calibrate(sae, _peek(chain([x], stream), config.gba.calibrate_tokens)[0], state)
+                tokens = config.gba.calibrate_tokens
+                calibrate(sae, _peek(chain([x], stream), tokens, layout)[0], state)
             sae.b_enc.clamp_(max=0)  # above 0 it served to wake a latent; acts must not be negative
         if state.step % config.log_every == 0 or state.step == config.steps:
             yield window.record(state, dead_after, lr)

@@ -17,6 +17,7 @@ from sae_core.errors import UserError
 
 from .cached import is_model_cached, open_cached
 from .common import size, token_count
+from .processes import n_processes, shares
 from .progress import duration
 from .runs import check_free
 
@@ -35,6 +36,7 @@ TRAIN_STEPS = 4
 BYTES_A_TOKEN = 12  # row id and position beside each activation vector
 BASE_BYTES = 500 * 2**20  # the interpreter with torch and transformers loaded
 ADAM_COPIES = 4  # parameter, gradient and two moments
+SAVED_COPIES = 3  # parameter and two moments
 CHECKPOINTS = 2  # kept on disk, each with the parameter and two moments
 # Largest arrays of [batch, d_sae] alive at once in a training step, in units of float32; of a block
 # of the batch where nothing is ranked.
@@ -68,13 +70,14 @@ def forward_rate(
 
 
 def step_seconds(settings: "TrainSettings", d_in: int) -> float:
-    """Seconds of one training step, on random activations of the run's shape."""
+    """Seconds of one process's share of a training step, on random activations of its shape."""
     import torch
 
     from sae_core.sae import SAE
     from sae_core.train import train
 
-    batch_size = settings.train.batch_size
+    token_parts, latent_parts = shares(settings)
+    batch_size = settings.train.batch_size // token_parts
     generator = torch.Generator().manual_seed(0)
     config = replace(
         settings.train,
@@ -88,7 +91,10 @@ def step_seconds(settings: "TrainSettings", d_in: int) -> float:
         while True:
             yield torch.randn(batch_size, d_in, generator=generator)
 
-    sae = SAE(settings.sae_config(d_in), generator=generator).to(settings.model.device)
+    shape = settings.sae_config(d_in)
+    k = max(1, shape.k // latent_parts)
+    shape = replace(shape, d_sae=shape.d_sae // latent_parts, k=k)
+    sae = SAE(shape, generator=generator).to(settings.model.device)
     records = train(sae, stream(), config)
     next(records)
     start = time.monotonic()
@@ -109,6 +115,7 @@ def estimate_training(settings: "TrainSettings", *, accept_terms: bool = False) 
     from .inputs import with_split_of
     from .train import training_config
 
+    shares(settings)
     settings = with_split_of(settings)
     if settings.run.out:
         check_free(Path(settings.run.out), settings.identity())
@@ -138,6 +145,7 @@ def estimate_training(settings: "TrainSettings", *, accept_terms: bool = False) 
         report["seconds"] = seconds(settings, report, lm)
     if lm:
         report["memory_bytes"] = memory_bytes(settings, lm, report.get("d_in") or lm.d_model)
+        report["processes"] = n_processes()
     return report
 
 
@@ -183,7 +191,7 @@ def disk_bytes(settings: "TrainSettings", report: dict[str, Any]) -> dict[str, i
         "activations": 0
         if settings.run.activations
         else tokens * (report["d_in"] * itemsize + BYTES_A_TOKEN),
-        "checkpoints": CHECKPOINTS * 3 * weights,
+        "checkpoints": CHECKPOINTS * SAVED_COPIES * weights,
         "sae": weights,
     }
     return parts | {"total": sum(parts.values())}
@@ -196,24 +204,30 @@ def sae_bytes(settings: "TrainSettings", d_in: int) -> int:
 
 
 def memory_bytes(settings: "TrainSettings", lm: "LanguageModel", d_in: int) -> dict[str, int]:
-    """Model, SAE with its optimiser, one batch's dense arrays, and the rest of the process."""
+    """Of the first process: model, its share of the SAE with its optimiser, one batch's dense
+    arrays, and the rest of the process; the others do without the model and the whole SAE."""
     import torch
 
     from sae_core.kernels.active import block_rows
     from sae_core.step import RANKED
 
+    token_parts, latent_parts = shares(settings, d_in)
     config, train = settings.sae_config(d_in), settings.train
+    d_sae = config.d_sae // latent_parts
     start = min(train.init_tokens * d_in * 8 + train.init_tokens * 512 * 8, 2**40)
-    n = train.batch_size
+    n = train.batch_size // token_parts
     if config.kind not in RANKED:
-        n = min(n, block_rows(config.d_sae, torch.float32))
-    batch = DENSE_COPIES * 4 * n * config.d_sae
+        n = min(n, block_rows(d_sae, torch.float32))
+    batch = DENSE_COPIES * 4 * n * d_sae
+    weights = sae_bytes(settings, d_in)
     parts = {
         "model": sum(p.numel() * p.element_size() for p in lm.model.parameters()),
-        "sae_and_optimiser": ADAM_COPIES * sae_bytes(settings, d_in),
+        "sae_and_optimiser": ADAM_COPIES * weights // latent_parts,
         "batch": max(batch, start),
         "rest": BASE_BYTES,
     }
+    if latent_parts > 1:  # where a checkpoint is put together
+        parts["whole_sae"] = SAVED_COPIES * weights
     return parts | {"total": sum(parts.values())}
 
 
@@ -247,6 +261,10 @@ def estimate_text(report: dict[str, Any]) -> str:
     for name, label in (("disk_bytes", "disk"), ("memory_bytes", "memory")):
         if name in report:
             lines.append(f"{label:<7} {_parts(report[name], size)}")
+    if (n := report.get("processes", 1)) > 1:
+        parts = report["memory_bytes"]
+        other = parts["total"] - parts["model"] - parts.get("whole_sae", 0)
+        lines[-1] += f" in the first of {n} processes, {size(other)} in each other"
     if "seconds" in report:
         lines.append(f"time    {_parts(report['seconds'], duration)}")
         lines.append(
@@ -255,8 +273,9 @@ def estimate_text(report: dict[str, Any]) -> str:
         )
         if "step_seconds" in report:
             lines[-1] += (
-                f", {report['step_seconds']:.3f} s a training step on random activations; memory "
-                "and disk are computed from the shapes"
+                f", {report['step_seconds']:.3f} s a training step on random activations"
+                + (" (a process's share, without what they exchange)" if n > 1 else "")
+                + "; memory and disk are computed from the shapes"
             )
     lines += [f"not estimated: {note}" for note in report["missing"]]
     return "\n".join([*lines, "nothing was written"])

@@ -4,6 +4,7 @@ A run with ``--activations OTHER`` trains on the shards of a finished run, which
 would harvest itself: the same model, text, held-out rows, hook point, tokens and precision.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from sae_core.errors import UserError
 
 from .common import token_count
+from .processes import Team, own_device
 from .progress import Progress
 from .runs import RunFolder
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from sae_core.models import LanguageModel
     from sae_core.shards import ShardedActivations
     from sae_core.text import TextSource
+    from sae_core.tokens import HarvestConfig
 
     from .settings import TrainSettings
 
@@ -54,7 +57,8 @@ def open_inputs(settings: "TrainSettings", *, accept_terms: bool = False) -> Inp
                 f"Expected {name} rows in {source.id}, got none at text.held_out_frac "
                 f"{settings.text.held_out_frac}."
             )
-    lm = open_model(settings.model, accept_terms=accept_terms)
+    own = replace(settings.model, device=own_device(settings.model.device))
+    lm = open_model(own, accept_terms=accept_terms)
     hook_point = settings.hook_point(lm)
     resolve_hook_point(lm.model, hook_point)
     settings.check(d_in=lm.d_model)
@@ -95,41 +99,56 @@ def with_split_of(settings: "TrainSettings") -> "TrainSettings":
 
 
 def harvest(
-    settings: "TrainSettings", inputs: Inputs, run: RunFolder, *, quiet: bool
+    settings: "TrainSettings", inputs: Inputs, run: RunFolder, team: Team, *, quiet: bool
 ) -> tuple["ShardedActivations", "ShardedActivations"]:
     """Activations of the training and the held-out tokens on disk, of this run or of another.
+
+    The other processes of the team are in ``help_to_harvest``.
 
     Raises:
         UserError: too little text, a full disk, or activations of another harvest (the message says
             what differs). CorruptFileError: a shard is not what was written.
     """
-    from sae_core.shards import ShardedActivations, harvest_shards
-    from sae_core.tokens import count_tokens
+    from sae_core.dealer import Dealer
+    from sae_core.harvest import open_harvest
+    from sae_core.shards import ShardedActivations
 
     other = settings.run.activations
     folder = RunFolder(Path(other)).activations if other else run.activations
-    wanted = token_count(settings.run.eval_tokens)
-    n_held_out = count_tokens(inputs.lm.tokenizer, inputs.held_out_rows, settings.harvest, wanted)
-    rows_of = (inputs.train_rows, inputs.held_out_rows)
     stored = []
-    for name, rows, max_tokens in zip(
-        PARTS, rows_of, (settings.max_tokens, n_held_out), strict=True
-    ):
-        with Progress(f"harvest {name}", max_tokens, "tokens", enabled=not quiet) as shown:
-            folders = harvest_shards(
-                inputs.lm,
-                rows,
-                [inputs.hook_point],
-                folder / name,
-                replace(settings.harvest, max_tokens=max_tokens),
-                dtype=settings.store_dtype(),
-                shard_tokens=settings.shard_tokens(),
-                progress=shown.update_to,
-            )
-        found = folders[inputs.hook_point]
+    for name, rows, config in _parts(settings, inputs):
+        found = open_harvest(
+            inputs.lm, rows, [inputs.hook_point], folder / name, config,
+            dtype=settings.store_dtype(), shard_tokens=settings.shard_tokens(),
+        )  # fmt: skip
+        team.tell(found.place)
+        with Progress(f"harvest {name}", config.max_tokens, "tokens", enabled=not quiet) as shown:
+            folders = found.write(shown.update_to, Dealer())
+        team.is_awaited = True
         if other:
-            found = ShardedActivations.open(folder / name, inputs.hook_point, verify=True)
-        stored.append(found)
+            stored.append(ShardedActivations.open(folder / name, inputs.hook_point, verify=True))
+        else:
+            stored.append(folders[inputs.hook_point])
     return stored[0], stored[1]
 
 
+def help_to_harvest(settings: "TrainSettings", inputs: Inputs, team: Team) -> None:
+    """The share of another process in ``harvest``."""
+    from sae_core.harvest import help_harvest
+
+    for _, rows, config in _parts(settings, inputs):
+        place, dtype = team.hear(), settings.store_dtype()
+        help_harvest(inputs.lm, rows, [inputs.hook_point], config, place, dtype=dtype)
+
+
+def _parts(
+    settings: "TrainSettings", inputs: Inputs
+) -> "Iterator[tuple[str, TextSource, HarvestConfig]]":
+    """Name, rows and settings of the training part and of the held-out part."""
+    from sae_core.tokens import count_tokens
+
+    wanted = token_count(settings.run.eval_tokens)
+    n_held_out = count_tokens(inputs.lm.tokenizer, inputs.held_out_rows, settings.harvest, wanted)
+    rows_of = (inputs.train_rows, inputs.held_out_rows)
+    for name, rows, n in zip(PARTS, rows_of, (settings.max_tokens, n_held_out), strict=True):
+        yield name, rows, replace(settings.harvest, max_tokens=n)

@@ -87,6 +87,9 @@ class RunOptions:
     """Training steps between checkpoints; one is also written on SIGINT and SIGTERM."""
     log: Literal["none", "wandb", "tensorboard"] = "none"
     """Also send the metrics there."""
+    latent_parts: int = 1
+    """Parts into which the processes of torchrun split the latents, where one card cannot hold the
+    SAE; what is left of the processes splits the tokens of each batch."""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0 or self.checkpoint_every < 1 or self.seed < 0:
@@ -94,6 +97,8 @@ class RunOptions:
                 "epochs must be above 0, checkpoint_every at least 1 and seed at least 0, got "
                 f"{self.epochs}, {self.checkpoint_every} and {self.seed}."
             )
+        if self.latent_parts < 1:
+            raise UserError(f"latent_parts must be at least 1, got {self.latent_parts}.")
         for name in ("tokens", "eval_tokens", "loss_tokens"):
             value = getattr(self, name)
             if not (name == "tokens" and value == "all"):
@@ -166,7 +171,7 @@ class TrainSettings:
         """The settings that decide the result: a folder holds runs of one identity only."""
         config = asdict(self)
         run = config.pop("run")
-        for name in ("out", "log", "checkpoint_every", "activations"):
+        for name in ("out", "log", "checkpoint_every", "activations", "latent_parts"):
             del run[name]
         for name in ("tokens", "eval_tokens", "loss_tokens"):
             run[name] = run[name] if run[name] == "all" else token_count(run[name])

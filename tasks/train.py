@@ -1,7 +1,8 @@
 """``sae-apps train``: harvest activations, train an SAE on them, evaluate it on held-out text.
 
 Every stage continues what an earlier process left in the run folder. The result does not depend
-on how often and where the run was stopped.
+on how often and where the run was stopped. Under torchrun the first process harvests, evaluates and
+writes, and all of them train (see processes.py).
 """
 
 import logging
@@ -14,18 +15,27 @@ from typing import TYPE_CHECKING, Any
 from sae_core.errors import UserError
 from sae_core.provenance import package_versions
 
-from .common import PROG, StopSignal, plain, read_json, run_command
+from .common import (
+    EXIT_BAD_INPUT,
+    PROG,
+    StopSignal,
+    catch_signals,
+    plain,
+    quiet_libraries,
+    read_json,
+    run_command,
+    run_guarded,
+)
 from .evaluation import as_text, evaluate_run, finish, machine, peak_memory
-from .inputs import Inputs, harvest, open_inputs, provenance, with_split_of
+from .fit import fit
+from .inputs import Inputs, harvest, help_to_harvest, open_inputs, provenance, with_split_of
 from .parsing import CommandParser, take
-from .progress import Progress
-from .runs import RunFolder, check_free, claim, truncate_metrics
-from .sinks import check_sink, open_sink
+from .processes import Team, is_first, joined, shares
+from .runs import RunFolder, check_free, claim
+from .sinks import check_sink
 
 if TYPE_CHECKING:
-    from sae_core.sae import SAE
-    from sae_core.shards import ShardedActivations
-    from sae_core.state import TrainConfig, TrainState
+    from sae_core.state import TrainConfig
 
     from .settings import TrainSettings
 
@@ -90,6 +100,8 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> int:
+    if not is_first():
+        return run_guarded(lambda: follow(argv))
     settings, options = parse(argv)
 
     def work(stop: StopSignal) -> tuple[Any, str]:
@@ -144,16 +156,49 @@ def train_run(
 
     from .settings import need_out
 
-    settings = with_split_of(settings)
-    run = check_free(need_out(settings.run.out), settings.identity())
-    if run.is_finished:
-        LOG.info("%s is finished: nothing to do.", run.path)
-        return read_json(run.results_file) | {"out": str(run.path)}
-    check_sink(settings.run.log)
-    start = time.monotonic()
-    inputs = open_inputs(settings, accept_terms=accept_terms)
-    with only_writer(run.path):
-        return _trained(settings, inputs, run, stop, start, quiet=quiet)
+    with joined(settings.model.device) as team:
+        shares(settings)
+        settings = with_split_of(settings)
+        run = check_free(need_out(settings.run.out), settings.identity())
+        if run.is_finished:
+            LOG.info("%s is finished: nothing to do.", run.path)
+            team.tell(None)
+            return read_json(run.results_file) | {"out": str(run.path)}
+        check_sink(settings.run.log)
+        start = time.monotonic()
+        inputs = open_inputs(settings, accept_terms=accept_terms)
+        shares(settings, inputs.lm.d_model)
+        with only_writer(run.path):
+            team.tell(settings, more=True)
+            return _trained(settings, inputs, run, stop, start, team, quiet=quiet)
+
+
+def follow(argv: Sequence[str]) -> None:
+    """What a process of torchrun other than the first does: train with it, and say nothing.
+
+    Raises:
+        SystemExit: the first process has failed, or gone.
+    """
+    from sae_core.shards import ShardedActivations
+
+    from .settings import need_out
+
+    try:
+        settings, options = parse(argv)
+    except UserError as error:  # of the flags: the first process has the same and says so
+        raise SystemExit(EXIT_BAD_INPUT) from error
+    if options.dry_run:
+        return
+    quiet_libraries()
+    with joined(settings.model.device) as team, catch_signals() as stop:
+        settings = team.hear()
+        if settings is None:
+            return  # the run is finished
+        inputs = open_inputs(settings, accept_terms=options.accept_terms)
+        help_to_harvest(settings, inputs, team)
+        stored = ShardedActivations.open(*team.hear())
+        config = training_config(settings, stored.n_tokens)
+        fit(settings, config, RunFolder(need_out(settings.run.out)), stored, stop, quiet=True)
 
 
 def _trained(
@@ -162,6 +207,7 @@ def _trained(
     run: RunFolder,
     stop: StopSignal,
     start: float,
+    team: Team,
     *,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -173,13 +219,17 @@ def _trained(
     claim(run, settings.identity(), provenance(settings, inputs))
     try:
         with timed(seconds, "harvest"):
-            stored, held_out = harvest(settings, inputs, run, quiet=quiet)
+            stored, held_out = harvest(settings, inputs, run, team, quiet=quiet)
     except UserError:
         if is_new:
             run.discard_if_empty()
         raise
+    team.tell((stored.folder, stored.hook_point))
+    config = training_config(settings, stored.n_tokens)
     with timed(seconds, "train"):
-        sae, state = fit(settings, run, stored, stop, quiet=quiet)
+        fitted = fit(settings, config, run, stored, stop, quiet=quiet)
+        assert fitted is not None  # None is for the other processes
+        sae, state = fitted
     with timed(seconds, "evaluate"):
         results = evaluate_run(settings, inputs, sae, state, held_out, quiet=quiet)
     seconds["total"] = time.monotonic() - start
@@ -187,7 +237,7 @@ def _trained(
         "steps": state.step,
         "n_tokens": state.tokens,
         "n_stored_tokens": stored.n_tokens,
-        "dead_after_tokens": dead_after_tokens(training_config(settings, stored.n_tokens)),
+        "dead_after_tokens": dead_after_tokens(config),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "wall_seconds": round(seconds["total"], 2),
         "peak_memory_bytes": peak_memory(),
@@ -211,60 +261,3 @@ def training_config(settings: "TrainSettings", n_tokens: int) -> "TrainConfig":
     """``settings.train`` with the steps that the tokens and epochs make."""
     steps = max(1, int(n_tokens * settings.run.epochs) // settings.train.batch_size)
     return replace(settings.train, steps=steps, seed=settings.run.seed)
-
-
-def fit(
-    settings: "TrainSettings",
-    run: RunFolder,
-    stored: "ShardedActivations",
-    stop: StopSignal,
-    *,
-    quiet: bool,
-) -> tuple["SAE", "TrainState"]:
-    """Train from the last checkpoint, or from the start, to the end.
-
-    Records reach metrics.jsonl before the checkpoint that contains them, so what a kill leaves is
-    always at least as long as the checkpoint, and is cut back to it.
-    """
-    from sae_core.buffer import batches, prefetch
-    from sae_core.checkpoint import save_checkpoint
-    from sae_core.disk import append_jsonl
-    from sae_core.train import train
-
-    config = training_config(settings, stored.n_tokens)
-    sae, state = start_or_resume(settings, run, stored.d_in, config)
-    truncate_metrics(run.metrics_file, state.step)
-    stream = batches(stored, config.batch_size, seed=config.seed, start_step=state.step)
-    shown = Progress("train", config.steps, "steps", initial=state.step, enabled=not quiet)
-    saved = state.step
-    with stop.deferred(), shown, open_sink(settings.run.log, run.path) as send:
-        for record in train(sae, prefetch(stream, 2), config, state):
-            append_jsonl(run.metrics_file, plain(asdict(record)))
-            send(asdict(record))
-            shown.update_to(record.step)
-            every = settings.run.checkpoint_every
-            is_due = record.step // every > saved // every or record.step == config.steps
-            if is_due or stop.signum is not None:
-                save_checkpoint(run.checkpoints, sae, state, config)
-                saved = record.step
-            stop.check()
-    return sae.eval(), state
-
-
-def start_or_resume(
-    settings: "TrainSettings", run: RunFolder, d_in: int, config: "TrainConfig"
-) -> tuple["SAE", "TrainState"]:
-    """The SAE and state of the last checkpoint, or fresh ones."""
-    import torch
-
-    from sae_core.checkpoint import load_checkpoint
-    from sae_core.sae import SAE
-    from sae_core.state import TrainState
-
-    found = load_checkpoint(run.checkpoints, config, settings.model.device)
-    if found:
-        LOG.info("Continuing %s at step %d of %d.", run.path, found[1].step, config.steps)
-        return found
-    generator = torch.Generator().manual_seed(config.seed)
-    sae = SAE(settings.sae_config(d_in), generator=generator)
-    return sae.to(settings.model.device), TrainState()

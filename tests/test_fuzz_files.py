@@ -135,8 +135,9 @@ def test_a_shard_whose_shape_has_no_bytes_in_64_bits(tmp_path: Path) -> None:
 
 def test_shards_of_two_widths_and_an_offset_that_is_a_text(tmp_path: Path, tiny_lm) -> None:
     from sae_core.activations import Activations, HarvestConfig
+    from sae_core.harvest import harvest_shards
     from sae_core.shard_file import write_shard
-    from sae_core.shards import ShardedActivations, harvest_shards
+    from sae_core.shards import ShardedActivations
     from sae_core.text import rows_from_texts
 
     rows, point = rows_from_texts(["Once there was a dog. " * 9] * 4), "layers.0.out"

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from sae_apps.tasks.main import main
+from sae_core.harvest import harvest_shards
 from sae_core.interop import read_sae_lens
 from sae_core.models import LanguageModel
 from sae_core.sae import SAE, SAEConfig, load_sae, save_sae
-from sae_core.shards import harvest_shards
 from sae_core.text import TextRow
 from sae_core.tokens import HarvestConfig
 from tests.command import refusal, run_json

@@ -27,7 +27,7 @@ from benchmarks.peers_drivers import quality as fvu_and_l0
 from benchmarks.peers_table import TIMES, goals, measure, peers
 from sae_core.activations import HarvestConfig
 from sae_core.errors import UserError
-from sae_core.shards import harvest_shards
+from sae_core.harvest import harvest_shards
 from sae_core.text import TextRow
 
 D_IN, D_SAE = 16, 64

@@ -313,24 +313,12 @@ def test_energy_is_the_sum_of_squares_over_batches():
     weights = start_weights(planted(64), 3, WeightConfig("frobenius"))
     assert weights is not None
     for _ in range(2):
-        reweighting.count_energy(weights, codes_where(values > 0, values))
+        weights.energy += reweighting.energy(codes_where(values > 0, values))
     assert weights.energy.tolist() == [20.0, 0.0, 8.0]
     # W W' is diag(20, 0, 8, 0 ..): gamma^2 = 1/20 and 1/8
     config = WeightConfig("frobenius", floor=1e-6, ceiling=1e6)
     reweighting.refresh_weights(weights, torch.eye(3, 16), config)
     assert float(weights.squared[2] / weights.squared[0]) == pytest.approx(2.5)
-
-
-def test_ranks_add_their_energy_before_they_refresh(monkeypatch):
-    weights = start_weights(planted(64), 3, WeightConfig("frobenius"))
-    assert weights is not None
-    weights.energy += torch.tensor([1.0, 1.0, 1.0])
-    other = torch.tensor([3.0, 0.0, 1.0], dtype=torch.float64)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(other))
-    reweighting.refresh_weights(weights, torch.eye(3, 16), WeightConfig("frobenius"))
-    found = (weights.squared / weights.squared[1])[:3].tolist()
-    assert found == pytest.approx([1 / 4, 1.0, 1 / 2])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from sae_core.activations import HarvestConfig, replace_activations, stream_activations
 from sae_core.buffer import batches
 from sae_core.errors import CorruptFileError, UserError
+from sae_core.harvest import harvest_shards
 from sae_core.models import LanguageModel
-from sae_core.shards import ShardedActivations, harvest_shards
+from sae_core.shards import ShardedActivations
 from sae_core.text import TextSource, rows_from_texts
 
 POINTS = ["layers.2.out", "layers.1.mlp.in"]

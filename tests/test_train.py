@@ -1,17 +1,13 @@
 """Training: every kind learns, one seed one result, resumed equals unbroken, ranks agree."""
 
 import dataclasses
-import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 import weakref
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +20,7 @@ from sae_core.gba import GBAConfig, paper_main
 from sae_core.kernels import autograd
 from sae_core.kernels.codes import Codes, codes_where
 from sae_core.loss import SparsityConfig
+from sae_core.parallel import ALONE
 from sae_core.sae import SAE, SAEConfig
 from sae_core.state import learning_rate
 from sae_core.step import gradient_step
@@ -94,7 +91,7 @@ def test_a_record_is_exact_however_far_the_tokens_lie_from_zero():
     window = _Window()
     codes = codes_where(torch.ones(256, 3, dtype=torch.bool), torch.ones(256, 3))
     for u in parts:
-        window.add(u, u + 0.5, codes)
+        window.add(u, u + 0.5, codes, ALONE)
     u = torch.cat(parts).double()
     expected = 0.25 * 16 * len(u) / float((u - u.mean(0)).square().sum())
     record = window.record(TrainState(tokens_since=torch.zeros(3)), 1, 0.0)
@@ -104,7 +101,7 @@ def test_a_record_is_exact_however_far_the_tokens_lie_from_zero():
 def test_the_head_of_a_stream_is_let_go():
     made = [torch.full((4, 2), float(i)) for i in range(5)]
     gone = [weakref.ref(t) for t in made]
-    head, again = _peek((made.pop(0) for _ in range(5)), 9)
+    head, again = _peek((made.pop(0) for _ in range(5)), 9, ALONE)
     assert len(head) == 9
     first = next(again)
     assert first[0, 0] == 0
@@ -265,49 +262,12 @@ def test_bad_streams_are_refused():
         list(train(new("gba"), [torch.zeros(128, 17)], CONFIG))
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
-    sae, x = new("gba"), planted()
-    state, config = _started(sae, x)
-    mine = [x[i : i + 128][rank::2] for i in range(0, 128 * 20, 128)]
-    records = [dataclasses.asdict(r) for r in train(sae, mine, config, state)]
-    if rank == 0:
-        torch.save(sae.tensors(), f"{folder}/ranks.pt")
-        with open(f"{folder}/ranks.json", "w") as file:
-            json.dump([records[-1]["step"], records[-1]["tokens"]], file)
-    torch.distributed.barrier()
-    # A rank that leaves early aborts the other, and gloo's threads may abort their own process when
-    # they are torn down ("terminate called without an active exception"); nothing is left to do.
-    time.sleep(0.5)
-    os._exit(0)
-
-
 def _started(sae: SAE, x: torch.Tensor):
     from sae_core.start import start
 
     gba = dataclasses.replace(CONFIG.gba, calibrate_tokens=0)
     config = dataclasses.replace(CONFIG, steps=20, gba=gba)
     return start(sae, x[:512], config), config
-
-
-def test_two_ranks_equal_one_process_with_the_joined_batch(tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
-    sae, x = new("gba"), planted()
-    state, config = _started(sae, x)
-    list(train(sae, [x[i : i + 128] for i in range(0, 128 * 20, 128)], config, state))
-    ranks = torch.load(tmp_path / "ranks.pt", weights_only=True)
-    assert json.loads((tmp_path / "ranks.json").read_text()) == [20, 20 * 128]
-    # biases: the merged counts are integers, so only float32 sums of gradients differ
-    for name, tensor in sae.tensors().items():
-        torch.testing.assert_close(ranks[name], tensor, rtol=2e-3, atol=2e-4)
 
 
 def test_the_gradient_step_never_touches_the_biases_of_gba():

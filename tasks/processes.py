@@ -1,0 +1,170 @@
+"""Several processes that share one command, as torchrun starts them.
+
+    torchrun --nproc-per-node 2 -m sae_apps.tasks.main train ... --out runs/x
+
+The first process reads, writes and prints; the others wait for what it has to say, and train with
+it. When it fails before that, they end with its exit code and leave the message to it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from sae_core.errors import UserError
+
+from .common import EXIT_BAD_INPUT, Interrupted
+
+if TYPE_CHECKING:
+    from .settings import TrainSettings
+
+PATIENCE = timedelta(days=30)  # of processes that wait for the first one's harvest
+GONE = ("Connection closed by peer", "Connection reset by peer")
+
+
+def n_processes() -> int:
+    """Processes that share this command; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Is this the process that reads, writes and prints?"""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def own_device(device: str) -> str:
+    """The device of this process: where all were given cuda, each has a card of its own."""
+    local = os.environ.get("LOCAL_RANK", "0")
+    return f"cuda:{local}" if device == "cuda" and n_processes() > 1 else device
+
+
+def shares(settings: "TrainSettings", d_in: int | None = None) -> tuple[int, int]:
+    """Parts of the tokens and of the latents; each process has one of each.
+
+    Raises:
+        UserError: the processes, a batch or (where d_in is given) the latents cannot be split so.
+    """
+    from sae_core.parallel import split
+
+    token_parts, latent_parts = split(n_processes(), settings.run.latent_parts)
+    if settings.train.batch_size % token_parts:
+        raise UserError(
+            f"Expected a batch size that {token_parts} processes can share equally, "
+            f"got {settings.train.batch_size}."
+        )
+    if d_in is not None:
+        d_sae = settings.sae_config(d_in).d_sae
+        if d_sae % latent_parts:
+            raise UserError(f"Expected d_sae to be a multiple of {latent_parts}, got {d_sae}.")
+    return token_parts, latent_parts
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """The first process ended before there was anything to share."""
+
+    code: int
+
+
+@dataclass
+class Team:
+    """The processes of one command."""
+
+    is_awaited: bool = True
+    """Are the others waiting for what the first one tells? Then they hear of its failure."""
+
+    def tell(self, value: Any, *, more: bool = False) -> None:
+        """Let the others know; only the first process calls it.
+
+        Args:
+            more: they wait for the next word at once.
+        """
+        _broadcast(value)
+        self.is_awaited = more
+
+    def hear(self) -> Any:
+        """What the first process tells.
+
+        Raises:
+            SystemExit: it failed.
+        """
+        value = _broadcast(None)
+        if isinstance(value, _Failed):
+            raise SystemExit(value.code)
+        return value
+
+
+def _broadcast(value: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Team]:
+    """Be one of the processes while the block runs; nothing happens where there is only one.
+
+    Raises:
+        UserError: the device is no card that this process can have.
+        SystemExit: another process has gone.
+    """
+    team = Team()
+    if n_processes() == 1:
+        yield team
+        return
+    import torch.distributed as dist
+
+    if device.startswith("cuda"):
+        _take_card(own_device(device))
+    _meet("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield team
+        _broadcast(None)  # nobody leaves while another is still at work
+    except BaseException as error:
+        if is_first() and team.is_awaited:
+            _broadcast(_Failed(_exit_code(error)))
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in GONE):
+            raise SystemExit(1) from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Find the other processes.
+
+    On one machine torchrun keeps its store over a restart, with the addresses of the processes that
+    are gone (torch 2.13); names of their own for each attempt keep the new ones from these. On
+    several machines the attempts are not counted alike: there it must make a new store each time
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    """
+    import torch.distributed as dist
+
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+
+
+def _take_card(device: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available() or torch.device(device).index >= torch.cuda.device_count():
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise UserError(f"Expected a CUDA card for each process, got {found} and asked {device}.")
+    torch.cuda.set_device(device)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, UserError):
+        return EXIT_BAD_INPUT
+    return 128 + error.signum if isinstance(error, Interrupted) else 1

@@ -1,0 +1,125 @@
+"""`sae-apps train` under torchrun: the run of one process; a killed process costs nothing."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sae_apps.tasks.main import main
+from sae_apps.tasks.runs import read_metrics
+
+RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+COMMAND = ["-m", "sae_apps.tasks.main"]
+WAIT_S = 120
+RTOL = 5e-3  # float32 sums in another order, over 20 steps of Adam
+
+
+@pytest.fixture(scope="module")
+def flags(shared_data: Path, stories260k: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A small training, without --out."""
+    text = tmp_path_factory.mktemp("torchrun") / "text.jsonl"
+    with gzip.open(shared_data / "gsm8k" / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
+        text.write_text("".join(line for line, _ in zip(lines, range(60), strict=False)))
+    argv = ["train", "--model", str(stories260k), "--text", str(text), "--column", "question"]
+    argv += ["--tokens", "2560", "--epochs", "2", "--d-sae", "128", "--k", "8", "--quiet"]
+    argv += ["--batch-size", "256", "--context-size", "64", "--eval-tokens", "300"]
+    argv += ["--train.gba.calibrate_tokens", "1000", "--train.log_every", "2"]
+    argv += ["--loss-tokens", "50", "--text.held_out_frac", "0.3", "--checkpoint-every", "4"]
+    return argv
+
+
+@pytest.fixture(scope="module")
+def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert main([*flags, "--out", str(out)]) == 0
+    return out
+
+
+def launched(arguments: list[str], *options: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*RUN, *options, *COMMAND, *arguments], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def same_run(out: Path, alone: Path) -> None:
+    found, expected = (json.loads((run / "results.json").read_text()) for run in (out, alone))
+    for name in ("fvu", "l0", "steps", "n_tokens", "n_stored_tokens", "n_eval_tokens"):
+        assert found[name] == pytest.approx(expected[name], rel=RTOL), name
+    ours, theirs = read_metrics(out / "metrics.jsonl"), read_metrics(alone / "metrics.jsonl")
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] == list(range(2, 21, 2))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=RTOL)
+
+
+@pytest.mark.parametrize("parts", ["1", "2"])
+def test_two_processes_make_the_run_of_one(flags, alone, tmp_path, parts) -> None:
+    out = tmp_path / "run"
+    process = launched([*flags, "--out", str(out), "--latent-parts", parts, "--json"])
+    told, error = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, error
+    assert json.loads(told)["steps"] == 20  # one process prints
+    same_run(out, alone)
+    assert main([*flags, "--out", str(out)]) == 0  # one process finds the same run, finished
+
+
+def follower(parent: int) -> int | None:
+    """The process of rank 1 below torchrun, if it is there."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for child in children:
+        try:
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"RANK=1" in environment:
+            return int(child)
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_killed_process_is_replaced_and_nothing_is_lost(flags, alone, tmp_path) -> None:
+    out = tmp_path / "run"
+    process = launched([*flags, "--out", str(out)], "--max-restarts", "1")
+    killed, end = None, time.monotonic() + WAIT_S
+    while killed is None and process.poll() is None and time.monotonic() < end:
+        if (out / "metrics.jsonl").exists() and (killed := follower(process.pid)) is not None:
+            os.kill(killed, signal.SIGKILL)
+        time.sleep(0.002)
+    _, error = process.communicate(timeout=WAIT_S)
+    assert killed is not None and process.returncode == 0, error
+    same_run(out, alone)
+
+
+def test_bad_input_is_told_once(flags, tmp_path) -> None:
+    for arguments, sentence in (
+        ([*flags, "--batch-size", "257"], "that 2 processes can share equally, got 257"),
+        ([*flags, "--latent-parts", "3"], "divides the 2 processes, got 3"),
+    ):
+        process = launched([*arguments, "--out", str(tmp_path / "run")])
+        told, error = process.communicate(timeout=WAIT_S)
+        assert process.returncode != 0 and told == ""
+        assert error.count(sentence) == 1 and "exitcode  : 2" in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_states_the_memory_of_a_process(flags) -> None:
+    process = launched([*flags, "--latent-parts", "2", "--dry-run"])
+    told, error = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, error
+    (line,) = [line for line in told.splitlines() if line.startswith("memory")]
+    assert "in the first of 2 processes" in line and line.endswith("in each other")
+
+
+def test_one_process_refuses_latent_parts(flags, tmp_path, capsys) -> None:
+    assert main([*flags, "--latent-parts", "2", "--out", str(tmp_path / "run")]) == 2
+    assert "divides the 1 processes, got 2" in capsys.readouterr().err
+    assert main([*flags, "--latent-parts", "0", "--out", str(tmp_path / "run")]) == 2
+    assert "latent_parts must be at least 1, got 0" in capsys.readouterr().err
