@@ -70,7 +70,7 @@ def planted() -> Tensor:
 
 def work(d_sae: int, batch: int, latent_parts: int) -> None:
     """Train as one of the processes; the first prints milliseconds, FVU and peak memory."""
-    from sae_apps.tasks.processes import joined
+    from sae_apps.tasks.processes import joined, leave
     from sae_core.buffer import batches
     from sae_core.parallel import world_layout
     from sae_core.sae import SAE, SAEConfig
@@ -99,6 +99,7 @@ def work(d_sae: int, batch: int, latent_parts: int) -> None:
             of = marks[WARM // EVERY - 1 :]
             ms = [1e3 * (b - a) / EVERY for a, b in zip(of, of[1:], strict=False)]
             print(json.dumps({"ms": ms, "fvu": fvu, "MiB": int(peak) >> 20}))
+    leave(0)
 
 
 # ---- the suite ----

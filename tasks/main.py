@@ -8,6 +8,7 @@ from importlib.metadata import version
 from sae_core.errors import UserError
 
 from .common import EXIT_OK, PROG, nearest, run_guarded
+from .processes import leave
 
 COMMANDS = {
     "train": "train a sparse autoencoder on a language model's activations",
@@ -58,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"Unknown command {args[0]!r}; {hint}.")
         try:
             code = import_module(f".{args[0]}", __package__).main(args[1:])
-        except SystemExit as leave:  # --help and --print_config end this way
-            code = int(leave.code or 0)
+        except SystemExit as end:  # --help and --print_config end this way
+            code = int(end.code or 0)
 
-    return run_guarded(body) or code
+    return leave(run_guarded(body) or code)
 
 
 if __name__ == "__main__":
