@@ -1,4 +1,4 @@
-"""Tables of long runs, of ten million rows and of Moran's I on every latent, for the docs."""
+"""Tables of long runs, of ten million rows and of starting, for the docs."""
 
 from typing import Any
 
@@ -31,6 +31,21 @@ def store_scale(result: Result) -> str:
             "rows/s": "–" if row["rows_per_s"] is None else f"{row['rows_per_s']:,.0f}",
             "peak MiB": f"{row['peak_MiB']:.0f}", "of these imports": f"{row['imports_MiB']:.0f}",
             "answer": cell(row["answer"]),
+        }
+        for row in result["rows"]
+    ])  # fmt: skip
+
+
+def start(result: Result) -> str:
+    """Every import and command: seconds, beside torch, modules and memory."""
+    return table([
+        {
+            "what": row["name"] + (f" {row['version']}" if row["version"] else ""),
+            "seconds": f"{row['seconds']:.2f}",
+            "range": f"{row['seconds_low']:.2f}–{row['seconds_high']:.2f}",
+            "processor seconds": f"{row['cpu_seconds']:.2f}",
+            "× import torch": f"{row['times_torch']:.2f}",
+            "modules": row["modules"], "peak MiB": f"{row['peak_MiB']:.0f}",
         }
         for row in result["rows"]
     ])  # fmt: skip
