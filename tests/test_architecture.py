@@ -49,7 +49,7 @@ COMPILED = tuple(f"sae_core/kernels/{name}.py" for name in ("cpu", "loops", "sea
 # What loading every module of sae_core must not bring in.
 NOT_LOADED = ("transformers", "datasets", "sklearn", "faiss", "pandas", "jinja2", "triton", "numba")
 # What an application must not load before it is used, and the command must not load for its help:
-# scipy.stats alone takes half as long to import as torch.
+# scipy.stats alone takes almost half as long to import as torch.
 SLOW = (
     "scipy.stats", "scipy.linalg", "scipy.optimize", "scipy.integrate", "scipy.special",
     "scipy.spatial", "scipy.sparse.linalg", "scipy.sparse.csgraph", "pyarrow.compute",
