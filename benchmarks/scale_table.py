@@ -1,4 +1,4 @@
-"""Tables of long runs, of ten million rows and of Moran's I on every latent, for the docs."""
+"""Tables of long runs, of ten million rows and of starting, for the docs."""
 
 from typing import Any
 
@@ -40,7 +40,8 @@ def scaling(result: Result) -> str:
     """Steps in several processes, measured and on paper."""
     return table([
         {
-            "what": row["what"], "latents": f"{row['d_sae']:,}", "tokens a step": f"{row['batch']:,}",
+            "what": row["what"], "latents": f"{row['d_sae']:,}",
+            "tokens a step": f"{row['batch']:,}",
             "ms": f"{row['ms']:.1f}",
             "range": "–" if row["low"] is None else f"{row['low']:.0f}–{row['high']:.0f}",
             "tokens/s": f"{row['tokens_s']:,.0f}", "× one": f"{row['speedup']:.2f}",
@@ -48,6 +49,21 @@ def scaling(result: Result) -> str:
             "MiB a process": f"{row['MiB']:,.0f}",
             "FVU": "–" if row["fvu"] is None else f"{row['fvu']:.4f}",
             "of the ms": row["parts_ms"] or "–",
+        }
+        for row in result["rows"]
+    ])  # fmt: skip
+
+
+def start(result: Result) -> str:
+    """Every import and command: seconds, beside torch, modules and memory."""
+    return table([
+        {
+            "what": row["name"] + (f" {row['version']}" if row["version"] else ""),
+            "seconds": f"{row['seconds']:.2f}",
+            "range": f"{row['seconds_low']:.2f}–{row['seconds_high']:.2f}",
+            "processor seconds": f"{row['cpu_seconds']:.2f}",
+            "× import torch": f"{row['times_torch']:.2f}",
+            "modules": row["modules"], "peak MiB": f"{row['peak_MiB']:.0f}",
         }
         for row in result["rows"]
     ])  # fmt: skip

@@ -25,7 +25,7 @@ from benchmarks.identifiability_table import (
 from benchmarks.interop_table import interop
 from benchmarks.monet_table import monet_domains, monet_losses, monet_speed
 from benchmarks.peers_table import peers
-from benchmarks.scale_table import longrun, scaling, store_scale
+from benchmarks.scale_table import longrun, scaling, start, store_scale
 from benchmarks.selection_pages import (
     finetune,
     selection,
@@ -164,6 +164,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "longrun_goals": ("longrun", goals),
     "store_scale": ("store_scale", store_scale),
     "store_scale_goals": ("store_scale", goals),
+    "start": ("start", start),
+    "start_goals": ("start", goals),
     "moran_exact_goals": ("moran_exact", goals),
     **GEOGRAPHY,
 }

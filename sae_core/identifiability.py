@@ -19,8 +19,6 @@ from math import ceil, log
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.integrate import quad
-from scipy.special import betaincinv
 from torch import Tensor
 
 from sae_core.cosines import max_cosine
@@ -231,6 +229,9 @@ def chance_mcs(d: int, m: int) -> float:
         raise UserError(f"Expected a width and a number of directions >= 1, got {d} and {m}.")
     if d == 1:
         return 1 - 2 * 0.5**m
+    from scipy.integrate import quad
+    from scipy.special import betaincinv
+
     shape = (d - 1) / 2
 
     def quantile(v: float) -> float:

@@ -28,9 +28,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from sae_core.cosines import CHUNK, as_pair, cosine_blocks, paired_cosine
@@ -113,6 +111,8 @@ def _match(
     """(row of b for each row of a, certified gap of the mean) for n <= m."""
     n, m = len(a), len(b)
     if n * m <= exact_pairs:
+        from scipy.optimize import linear_sum_assignment
+
         cosine = torch.cat([torch.cat(row, dim=1) for row in _rows_of_blocks(a, b, chunk)])
         _, index = linear_sum_assignment(cosine.cpu().numpy(), maximize=True)
         return torch.from_numpy(index).to(a.device, torch.int64), 0.0
@@ -225,6 +225,8 @@ def _solve_sparse(edges: _Edges, n: int, m: int) -> tuple[NDArray[np.int64], NDA
     A row may stay alone, at a value below any cosine. So there always is a solution, and SciPy sees
     that at once (its search for one takes exponential time on some graphs, scipy issue 26147).
     """
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
     own = np.arange(n)
     row, col = np.concatenate((edges.row, own)), np.concatenate((edges.col, m + own))
     # SciPy reads a weight of 0 as no edge; +3 makes all positive and adds the same to any matching.

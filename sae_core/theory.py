@@ -22,7 +22,6 @@ from math import log, log10, sqrt
 
 import torch
 from jaxtyping import Bool
-from scipy.special import betaincinv
 from torch import Tensor
 
 from sae_core.conditions import Conditions
@@ -76,6 +75,8 @@ def random_coherence(m: int, d: int) -> float:
         raise UserError(f"Expected at least 2 directions and a width >= 1, got {m} and {d}.")
     if d == 1:
         return 1.0
+    from scipy.special import betaincinv
+
     return sqrt(max(0.0, 1 - float(betaincinv((d - 1) / 2, 0.5, min(1.0, 2 / (m * (m - 1)))))))
 
 

@@ -48,6 +48,13 @@ CORE_TOP_LEVEL = {"torch", "numpy", "scipy", "pyarrow", "safetensors", "jaxtypin
 COMPILED = tuple(f"sae_core/kernels/{name}.py" for name in ("cpu", "loops", "search_loops"))
 # What loading every module of sae_core must not bring in.
 NOT_LOADED = ("transformers", "datasets", "sklearn", "faiss", "pandas", "jinja2", "triton", "numba")
+# What an application must not load before it is used, and the command must not load for its help:
+# scipy.stats alone takes almost half as long to import as torch.
+SLOW = (
+    "scipy.stats", "scipy.linalg", "scipy.optimize", "scipy.integrate", "scipy.special",
+    "scipy.spatial", "scipy.sparse.linalg", "scipy.sparse.csgraph", "pyarrow.compute",
+    "torch._dynamo",
+)  # fmt: skip
 READS_ALL_APPLICATIONS = "report"
 
 
@@ -332,8 +339,8 @@ def test_a_third_party_package_outside_its_files_is_found(path: str, source: str
 
 
 def loaded_modules(statement: str) -> set[str]:
-    """Top-level modules in memory after a statement, in a process of its own."""
-    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    """Modules in memory after a statement, in a process of its own."""
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -350,7 +357,26 @@ def test_loading_all_of_the_core_loads_no_model_or_application_library():
              if "triton" not in path and path not in lazy]  # fmt: skip
     loaded = loaded_modules("\n".join(f"import {name}" for name in every))
     assert "torch" in loaded, "control: the modules were not really loaded"
-    assert loaded & set(NOT_LOADED) == set()
+    assert loaded & {*NOT_LOADED, *SLOW} == set()
+
+
+@pytest.mark.parametrize("name", sorted(
+    file.parent.name for file in (ROOT / "sae_apps").glob("*/__init__.py")
+    if file.parent.name != "tasks"
+))  # fmt: skip
+def test_importing_an_application_loads_no_slow_library_that_few_functions_need(name: str):
+    loaded = loaded_modules(f"import sae_apps.{name}")
+    assert "numpy" in loaded, "control: the application was not really loaded"
+    # every page is made of plain numbers, so its writer needs no torch; templates are its own
+    own = {"jinja2"} if name == "report" else set()
+    more = {"torch", "scipy", "pyarrow"} if name == "report" else set()
+    assert loaded & {*NOT_LOADED, *SLOW, *more} - own == set()
+
+
+def test_the_help_of_the_command_loads_no_library():
+    loaded = loaded_modules("from sae_apps.tasks.main import main\nmain(['--help'])")
+    assert "sae_apps.tasks.main" in loaded, "control: the command was not really loaded"
+    assert loaded & {"torch", "numpy", "scipy", "pyarrow", "jsonargparse", *NOT_LOADED} == set()
 
 
 # ---- sizes, docstrings, annotations ----

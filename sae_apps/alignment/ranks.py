@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import kendalltau, rankdata
 
 from sae_core.errors import UserError
 
@@ -40,6 +39,8 @@ def correlation(
         if values.min() == values.max():
             raise UserError("Expected distances that differ, got equal ones for all pairs.")
     if method == "spearman":
+        from scipy.stats import rankdata
+
         return float(np.dot(unit(rankdata(x)), unit(rankdata(y))))
     return _tau_a(x, y)
 
@@ -52,6 +53,8 @@ def unit(values: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
 
 def _tau_a(x: Float[np.ndarray, " m"], y: Float[np.ndarray, " m"]) -> float:
     """tau-b times sqrt((1 - ties of x)(1 - ties of y)), ties as shares of the pairs of pairs."""
+    from scipy.stats import kendalltau
+
     total = len(x) * (len(x) - 1) / 2
     free = 1.0
     for values in (x, y):
@@ -72,6 +75,8 @@ def null(
     above = np.triu_indices(len(x), 1)
     if method == "tau-a":
         return np.array([_tau_a(x[above], _permuted(y, draws())[above]) for _ in range(n_draws)])
+    from scipy.stats import rankdata
+
     ranks = []
     for one in (x, y):
         square = np.zeros_like(one)

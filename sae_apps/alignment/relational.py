@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
-from scipy.stats import rankdata
 
 from sae_apps.alignment.distances import check_distances, code_distances, has_code
 from sae_apps.alignment.ranks import (
@@ -232,6 +231,8 @@ def _interval(draws: Float[np.ndarray, " b"]) -> tuple[float, float] | None:
 def _per_item(
     mine: Float[np.ndarray, "n n"], theirs: Float[np.ndarray, "n n"]
 ) -> Float[np.ndarray, " n"]:
+    from scipy.stats import rankdata
+
     n = len(mine)
     off = ~np.eye(n, dtype=bool)
     ranks = [rankdata(one[off].reshape(n, n - 1), axis=1) for one in (mine, theirs)]

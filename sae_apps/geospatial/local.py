@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import sparse, stats
+from scipy import sparse
 
 from sae_apps.geospatial import local_null
 from sae_apps.geospatial.local_result import LocalMoments, LocalMoran
@@ -244,11 +244,13 @@ def _adjust(p_values: Table, defined: np.ndarray, method: str | None) -> Table:
     """False discovery rate over the defined places of each feature; 1 elsewhere."""
     if method is None:
         return p_values
+    from scipy.stats import false_discovery_control
+
     adjusted = np.ones_like(p_values)
     for j in range(p_values.shape[1]):
         tested = defined[:, j]
         if tested.any():
-            adjusted[tested, j] = stats.false_discovery_control(
+            adjusted[tested, j] = false_discovery_control(
                 p_values[tested, j], method="bh" if method == "bh" else "by"
             )
     return adjusted

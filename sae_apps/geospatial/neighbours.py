@@ -5,12 +5,15 @@ differ by less than TIE are one distance; among places at one distance the lower
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.spatial import KDTree
 
 from sae_core.errors import UserError
+
+if TYPE_CHECKING:
+    from scipy.spatial import KDTree
 
 TIE = 1e-12
 """In units of the coordinates' extent; on the earth 6 micrometres, far above float64's rounding
@@ -77,6 +80,8 @@ def knn_links(places: Sites, k: int, *, merge: bool) -> Links:
     if n < k + 1:
         plural = "s" if k > 1 else ""
         raise UserError(f"Expected at least {k + 1} {what} for {k} neighbour{plural}, got {n}.")
+    from scipy.spatial import KDTree
+
     tree = KDTree(places.points)
     blocks = []
     step = max(1, _BLOCK // (k + 2) ** 2)
@@ -86,7 +91,7 @@ def knn_links(places: Sites, k: int, *, merge: bool) -> Links:
 
 
 def _knn_block(
-    places: Sites, tree: KDTree, block: Int[np.ndarray, "b"], k: int, merge: bool
+    places: Sites, tree: "KDTree", block: Int[np.ndarray, "b"], k: int, merge: bool
 ) -> Links:
     """Links of all places at some locations."""
     near, level = _nearest_locations(tree, places.points[block], k)
@@ -112,7 +117,7 @@ def _knn_block(
 
 
 def _nearest_locations(
-    tree: KDTree, points: Float[np.ndarray, "b d"], k: int
+    tree: "KDTree", points: Float[np.ndarray, "b d"], k: int
 ) -> tuple[Int[np.ndarray, "b c"], Int[np.ndarray, "b c"]]:
     """At least the k + 1 nearest locations with all that tie, and the rank of each distance.
 
@@ -134,7 +139,7 @@ def _nearest_locations(
     return near, np.where(level <= last[:, None], level, -1)
 
 
-def _query(tree: KDTree, points: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def _query(tree: "KDTree", points: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Distances and locations [b, width], also where the width is 1."""
     distance, near = tree.query(points, width)
     return np.reshape(distance, (-1, width)), np.reshape(near, (-1, width))
@@ -176,6 +181,8 @@ def band_links(places: Sites, radius: float, *, merge: bool) -> Links:
     Raises:
         UserError: there are more than MAX_LINKS links.
     """
+    from scipy.spatial import KDTree
+
     tree = KDTree(places.points)
     reach = radius + TIE
     weights = places.count.astype(np.float64)

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import linalg, sparse
+from scipy import sparse
 
 Matrix = Float[np.ndarray, "n F"] | sparse.csr_array
 LeftOut = tuple[tuple[int, ...], int, Float[np.ndarray, "m t"]]
@@ -64,6 +64,8 @@ def _dense(product: Any) -> np.ndarray:
 
 
 def _dual(x, y, rows_of, sets, alphas) -> Iterator[LeftOut]:
+    from scipy import linalg
+
     kernel = _dense(x @ x.T)
     # Centring changes nothing beside an intercept, but keeps the digits.
     kernel -= kernel.mean(axis=0)
@@ -84,6 +86,8 @@ def _dual(x, y, rows_of, sets, alphas) -> Iterator[LeftOut]:
 
 def _inverse(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
     """Inverse of a positive definite matrix, which is overwritten: a third of the general cost."""
+    from scipy import linalg
+
     factorise, invert = linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
     lower, failed = factorise(matrix, lower=1, overwrite_a=1)
     assert not failed  # a Gram matrix plus a penalty far above rounding
@@ -117,6 +121,8 @@ def _sums(x: Matrix, y: Float[np.ndarray, "n t"]) -> _Sums:
 
 
 def _primal(x, y, rows_of, sets, alphas) -> Iterator[LeftOut]:
+    from scipy import linalg
+
     if isinstance(x, np.ndarray):
         x = x - x.mean(axis=0)  # nothing changes but the digits that are left
     of_block = [_sums(x[rows], y[rows]) for rows in rows_of]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import false_discovery_control, pearson3
 
 CORRECTIONS = ("bh", "by", "max")
 TAIL_SPREAD, TAIL_PERMUTATIONS = 50, 999  # see ``tail_is_valid``
@@ -45,6 +44,8 @@ def tail_p(
     observed: Float[np.ndarray, "f"], null: Null, alternative: str
 ) -> Float[np.ndarray, "f"]:
     """P-values from Pearson III; two-sided ones are twice the smaller tail. NaN where undefined."""
+    from scipy.stats import pearson3
+
     unit = np.full_like(observed, np.nan)
     np.divide(observed - null.mean, null.deviation, out=unit, where=null.deviation > 0)
     above, below = pearson3.sf(unit, null.skew), pearson3.cdf(unit, null.skew)
@@ -78,6 +79,8 @@ def tail_is_valid(
 
 def adjusted(p: Float[np.ndarray, "t"], correction: str) -> Float[np.ndarray, "t"]:
     """False discovery rate, Benjamini-Hochberg (``bh``) or Benjamini-Yekutieli (``by``)."""
+    from scipy.stats import false_discovery_control
+
     return false_discovery_control(p, method=correction) if len(p) else p
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from scipy.special import betainc
 
 from sae_apps.report.charts import Series, line_chart
 from sae_apps.report.distribution import histogram
@@ -16,7 +15,6 @@ from sae_apps.report.overview import Fact
 from sae_apps.report.page import Section, render
 from sae_apps.report.parts import fixed, latent_name
 from sae_apps.report.verdicts import FLAGS, THRESHOLDS, LatentVerdicts, as_floats, group_rows
-from sae_core.identifiability import chance_mcs
 
 NOTES = {
     "reliable": "{share} of the {n} alive latents: a chance of at least 80% to be a feature.",
@@ -119,6 +117,8 @@ def random_shares(d: int, m: int, thresholds: Sequence[float]) -> list[float]:
     One cosine exceeds t >= 0 with probability I_{1 - t^2}((d - 1) / 2, 1 / 2) / 2, the largest of m
     with 1 - (1 - that)^m.
     """
+    from scipy.special import betainc
+
     t = np.asarray(thresholds, dtype=np.float64)
     one = 0.5 * (betainc((d - 1) / 2, 0.5, 1 - t**2) if d > 1 else (t < 1))
     return (-np.expm1(m * np.log1p(-one))).tolist()
@@ -158,6 +158,8 @@ def _curve(view: IdentifiabilityView) -> dict[str, Any] | None:
 
 
 def _pair_row(pair: RunPair, d_in: int) -> dict[str, Any]:
+    from sae_core.identifiability import chance_mcs
+
     mcs = as_floats(pair.mcs)
     low, high = fixed(pair.pw_mcc), fixed(pair.pw_mcc + pair.gap)
     return {

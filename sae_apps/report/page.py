@@ -18,8 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sae_apps.report import formats
+from sae_core.disk import atomic_write_text
 from sae_core.errors import UserError
-from sae_core.store import atomic_write_text
 
 MAX_BYTES = 8_000_000
 """A page beyond this is slow to open and too large to send by mail."""

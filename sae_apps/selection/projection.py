@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32
-from scipy import linalg, sparse
+from scipy import sparse
 
 from sae_apps.selection import kernels
 from sae_apps.selection.similarity import score
@@ -154,6 +154,8 @@ def _svd(inner: Float[np.ndarray, "m m"], dims: int) -> Float[np.ndarray, "m dim
 def _kernel_factors(
     sample: sparse.csr_array, inner: Float[np.ndarray, "m m"], dims: int
 ) -> Float[np.ndarray, "m dims"]:
+    from scipy import linalg
+
     values, vectors = _leading(_gram(sample, "jaccard"), dims)
     inner[np.diag_indices_from(inner)] += _RIDGE
     return linalg.cho_solve(linalg.cho_factor(inner), vectors * np.sqrt(values))
@@ -163,6 +165,8 @@ def _leading(
     gram: Float[np.ndarray, "m m"], dims: int
 ) -> tuple[Float[np.ndarray, "dims"], Float[np.ndarray, "m dims"]]:
     """The largest eigenvalues, at least the rounding of the first, and their vectors."""
+    from scipy import linalg
+
     values, vectors = linalg.eigh(gram, subset_by_index=[len(gram) - dims, len(gram) - 1])
     return np.maximum(values, values[-1] * 1e-7), vectors
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int64
 from scipy import sparse
-from scipy.stats import norm as normal
 
 from sae_apps.selection import kernels
 from sae_apps.selection.similarity import score
@@ -144,6 +143,8 @@ def recall_of(scores: Float32[np.ndarray, "q k"], bars: Float32[np.ndarray, "q"]
     query hang together, so deff is the variance of the queries' means over that of independent
     results, between 1 and k (k where all or none were found).
     """
+    from scipy.stats import norm
+
     n, k = scores.shape
     each = (scores >= np.nextafter(bars, np.float32(-np.inf))[:, None]).mean(axis=1)
     p = float(each.mean())
@@ -151,7 +152,7 @@ def recall_of(scores: Float32[np.ndarray, "q k"], bars: Float32[np.ndarray, "q"]
     spread = float(each.var(ddof=1)) if n > 1 else 0.0
     deff = min(max(spread / single, 1.0), k) if single > 0 and n > 1 else k
     size = n * k / deff
-    z2 = float(normal.ppf(0.975)) ** 2
+    z2 = float(norm.ppf(0.975)) ** 2
     centre = (p + z2 / (2 * size)) / (1 + z2 / size)
     half = np.sqrt(z2 * (p * (1 - p) / size + z2 / (4 * size**2))) / (1 + z2 / size)
     low, high = float(centre - half), float(centre + half)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sae_apps.selection.instructions import InstructionSource
@@ -61,6 +60,8 @@ class SelectionResult:
         Raises:
             UserError: the row was not picked.
         """
+        import pyarrow.compute as pc
+
         place = pc.index(self.reasons["row_id"], row_id).as_py()
         if place < 0:
             raise UserError(f"Expected the row_id of one of {len(self)} picks, got {row_id}.")

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
-from scipy.stats import rankdata
 from torch import Tensor
 
 from sae_apps.suppression.probes import check_labels
@@ -90,6 +89,8 @@ def moments(values: Values, is_concept: Bool[np.ndarray, " n"]) -> UnitMoments:
 
 def auroc(values: Values, is_concept: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " u"]:
     """AUROC of each unit for the concept, ties counted half; exact."""
+    from scipy.stats import rankdata
+
     columns: Any = sparse.csc_array(values)
     columns.eliminate_zeros()
     check_labels(np.empty(columns.shape[0]), is_concept)

@@ -26,8 +26,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
-from scipy.special import entr
-from scipy.stats import false_discovery_control, gamma
 
 from sae_core.errors import UserError
 
@@ -50,6 +48,8 @@ def js_divergence(counts: np.ndarray, n: np.ndarray) -> np.ndarray:
     Returns:
         [...], between 0 and log2 c.
     """
+    from scipy.special import entr
+
     shares = counts / np.maximum(n, 1)[..., None, :]
     within = entr(shares).sum(axis=-2).mean(axis=-1)
     return np.maximum((entr(shares.mean(axis=-1)).sum(axis=-1) - within) / np.log(2), 0.0)
@@ -116,6 +116,8 @@ def separability(
     p, p_tail = _p_values(observed, null)
     q = np.full(len(p), np.nan)
     if live.any():
+        from scipy.stats import false_discovery_control
+
         q[live] = false_discovery_control(p_tail[live], method=correction)
     mean = null.mean(axis=1)
     top = histogram.mean().argmax(axis=1)
@@ -194,6 +196,8 @@ def _p_values(
     observed: Float[np.ndarray, "u"], null: Float[np.ndarray, "u p"]
 ) -> tuple[Float[np.ndarray, "u"], Float[np.ndarray, "u"]]:
     """Rank among the permutations, and the tail of a gamma distribution with their moments."""
+    from scipy.stats import gamma
+
     # equal partitions give equal counts, but their sums may differ in the last bit
     reached = (null >= observed[:, None] - 1e-12).sum(axis=1)
     p = (1 + reached) / (1 + null.shape[1])
