@@ -109,6 +109,11 @@ class SAE(nn.Module):
         return self._encoder.T
 
     @property
+    def encoder(self) -> Float[Tensor, "d_sae d_in"]:
+        """The parameter behind W_enc, latent by latent."""
+        return self._encoder
+
+    @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
         """Row j is the direction of latent j (tied: the encoder's column j)."""
         return self._encoder if self.config.tied else self._decoder

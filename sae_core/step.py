@@ -74,9 +74,16 @@ def _reconstruction(sae: SAE, u: Tensor, codes: Codes, state: TrainState) -> tup
     fast = products(u, sae.d_sae) if is_whole else None
     if fast is not None and sae.d_in <= fast.MOST_COLUMNS:
         factor = 1 / (u.shape[0] * state.variance)
-        return fast.reconstruction(sae.scaled(codes), sae.W_dec, sae.b_dec, u, factor, weights)
+        return fast.reconstruction(
+            sae.scaled(codes), sae.W_dec, sae.b_dec, u, factor, weights, _room(state, sae.W_dec)
+        )
     u_hat = state.layout.summed(autograd.decode(sae.scaled(codes), sae.W_dec)) + sae.b_dec
     return loss.reconstruction_loss(u_hat, u, state.variance, weights), u_hat
+
+
+def _room(state: TrainState, parameter: Tensor) -> list[Tensor]:
+    """Memory for the gradient of a matrix of latents."""
+    return [] if state.optimizer is None else state.optimizer.room(parameter)
 
 
 def _losses(
@@ -85,7 +92,8 @@ def _losses(
     """Total loss, the codes that fired, and u_hat."""
     layout = state.layout
     codes, pre = _active_set(sae, u, layout, config)
-    codes = autograd.encode(u, sae.W_enc, sae.b_enc, layout.shared(sae.b_dec), codes)
+    b_dec, room = layout.shared(sae.b_dec), _room(state, sae.encoder)
+    codes = autograd.encode(u, sae.W_enc, sae.b_enc, b_dec, codes, room)
     if sae.config.kind == "jumprelu":
         codes, extra = loss.jump(sae, codes, config.sparsity, layout)
         fired = codes.keep(codes.values > 0)
@@ -130,8 +138,8 @@ def gradient_step(
 ) -> tuple[Codes, Tensor]:
     """One step of Adam on everything but the biases of gba; returns detached codes and u_hat."""
     assert state.optimizer is not None
-    total, codes, u_hat = _losses(sae, u, state, config)
     state.optimizer.zero_grad()
+    total, codes, u_hat = _losses(sae, u, state, config)
     total.backward()
     _average_gradients(state.optimizer, state.layout)
     for group in state.optimizer.param_groups:

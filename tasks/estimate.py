@@ -237,9 +237,10 @@ def seconds(
     """Harvest, training and evaluation at the measured rates."""
     rate = report["forward_tokens_per_second"]
     n_eval = token_count(settings.run.eval_tokens)
-    match = re.match(r"layers\.(\d+)\.", report["hook_point"])
     # The loss needs whole forward passes, with and without the SAE: all layers, four times.
-    depth = lm.n_layers / (int(match[1]) + 1) if lm and match else 1.0
+    match = re.search(r"\blayers\.(\d+)\.(.+)", report["hook_point"])
+    passed = int(match[1]) + (match[2] != "in") if match else 0
+    depth = lm.n_layers / max(1, passed) if lm and match else 1.0
     parts: dict[str, float] = {
         "harvest": 0.0 if settings.run.activations else (report["stored_tokens"] + n_eval) / rate,
         "train": report["steps"] * report["step_seconds"],

@@ -133,7 +133,6 @@ def joined(device: str) -> Iterator[Team]:
     if n_processes() == 1:
         yield team
         return
-    import torch.distributed as dist
 
     if device.startswith("cuda"):
         _take_card(own_device(device))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_core.kernels import active, autograd, choice, compiled, eager, sparse
+from sae_core.kernels import active, adam, autograd, choice, compiled, eager, sparse
 from sae_core.kernels.adam import Adam
 from sae_core.kernels.codes import codes_where
 from sae_core.nonlinearity import batch_topk, topk
@@ -57,11 +57,64 @@ def test_products_equal_the_references(n, d_sae, d, density, seed, dtype):
     torch.testing.assert_close(cpu.matmul_t(codes, transposed), eager.matmul_t(codes, g), **close)
 
 
-def test_an_unknown_latent_is_an_error_and_no_crash():
-    codes, w, _, _ = problem(4, 9, 5, 0.5)
-    for wrong in (9, -1):
-        with pytest.raises(IndexError, match="from 0 to 8"):
-            cpu.matmul(codes._replace(col=torch.full_like(codes.col, wrong)), w)
+def test_an_unknown_latent_or_token_is_an_error_and_no_crash():
+    codes, w, g, bias = problem(4, 9, 3, 0.5)
+    for col in (codes.col + 10_000_000, codes.col - 9):
+        other = codes._replace(col=col)
+        for call in (
+            lambda c: cpu.matmul(c, w),
+            lambda c: cpu.sampled(c, g, w),
+            lambda c: cpu.reconstruction(c, w, bias, g, 1.0),
+        ):
+            call(codes)
+            with pytest.raises(IndexError, match="from 0 to 8"):
+                call(other)
+    for call in (cpu.matmul_t, lambda c, x: cpu.sampled(c, x, w)):
+        with pytest.raises(IndexError, match="each of 4 tokens, got 3"):
+            call(codes, g[:3])
+
+
+def test_the_sign_of_a_zero_floor_is_no_matter():
+    matrix = -1 - torch.rand(64, 1100)
+    matrix[:, :8], matrix[:, 8:108] = 1.0, -0.0
+    row, col = cpu.above(matrix, torch.tensor(-0.0))
+    assert len(row) == 64 * 8 and col.max() == 7
+    for ranked in (matrix, matrix.repeat(16, 1)):  # by torch's kernels and by the loops
+        assert batch_topk(ranked, 32).values.min() == 1
+
+
+def test_places_are_found_in_a_slice(monkeypatch):
+    monkeypatch.setattr(choice, "LARGE", 1 << 62)  # by torch, which reads eight bytes at a time
+    matrix = torch.zeros(9, 12, dtype=torch.uint8)
+    matrix[2, 5] = 1
+    row, col = active.above(matrix[1:3])
+    assert (row.tolist(), col.tolist()) == ([1], [5])
+
+
+@pytest.mark.parametrize("kind", ["gba", "topk"])
+def test_large_gradients_take_the_memory_of_the_last_ones(kind, monkeypatch, everywhere):
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
+    u = torch.nn.functional.normalize(x, dim=1)
+
+    def steps(kept_above: int) -> tuple[SAE, list[list[int]]]:
+        monkeypatch.setattr(adam, "KEPT_ABOVE", kept_above)
+        sae = SAE(SAEConfig(24, 96, kind=kind, k=4), generator=torch.Generator().manual_seed(1))
+        config = TrainConfig(steps=10, batch_size=64)
+        state, places = start(sae, x, config), []
+        assert state.optimizer is not None
+        for _ in range(4):
+            gradient_step(sae, u, state, config, 1e-3)
+            state.optimizer.zero_grad()
+            kept = (state.optimizer.used_up.get(p) for p in (sae.encoder, sae.W_dec))
+            places.append([t.data_ptr() for t in kept if t is not None])
+        return sae, places
+
+    kept, places = steps(0)
+    assert len(places[0]) == 2 and places == [places[0]] * 4
+    plain, nothing = steps(1 << 60)
+    assert nothing == [[]] * 4
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(tensor, kept.tensors()[name]), name
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -280,19 +333,35 @@ def test_threads_are_those_of_openmp_or_tbb(monkeypatch):
         compiled._has_layer.cache_clear()
 
 
+OTHER_LOOP = """
+from numba import njit, prange
+@njit(parallel=True)
+def total(x):
+    found = 0.0
+    for i in prange(len(x)):
+        found += x[i]
+    return found
+total(matrix[0].numpy())
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_leaves_the_loops_alone():
+@pytest.mark.parametrize("start", ["active.above(matrix)", OTHER_LOOP], ids=["ours", "another's"])
+def test_a_fork_leaves_the_loops_alone(start):
     code = """
 import os, torch
 torch.set_num_threads(1)
 from sae_core.kernels import active, compiled, screen
 matrix = torch.ones(1 << 10, 1 << 10)
-n = len(active.above(matrix)[0])
+n = matrix.numel()
+{start}
+torch.set_num_threads(1)  # others' loops set it to all there are; torch's own would hang in a fork
 assert compiled.has_threads()
 if os.fork() == 0:
     assert not compiled.has_threads() and not screen.serves(matrix)
     os._exit(0 if len(active.above(matrix)[0]) == n else 1)
 print(os.wait()[1])
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+""".replace("{start}", start)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert run.stdout == "0\n", run.stderr

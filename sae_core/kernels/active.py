@@ -111,7 +111,7 @@ def _positive(matrix: Tensor) -> Int[Tensor, "nnz"]:
     else:
         small = (matrix > 0).view(-1)
     each = 8 // small.element_size()
-    if small.shape[0] % each:
+    if small.shape[0] % each or small.storage_offset() % each:
         return small.nonzero()[:, 0]
     words = small.view(torch.int64)
     word = words.nonzero()[:, 0]

@@ -14,6 +14,9 @@ from torch.optim.adam import adam
 # a block's four matrices stay in the last cache between the update and the norms: at 18,432 latents
 # of width 576 a tenth of a step
 BLOCK_ROWS = 512
+# glibc gives larger blocks back to the system, and each page of new ones costs a fault: at 18,432
+# latents of width 576 a sixth of a step
+KEPT_ABOVE = 32 << 20
 
 
 class Adam:
@@ -27,6 +30,8 @@ class Adam:
         self.param_groups = [common | group for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         """step, exp_avg and exp_avg_sq of every parameter that had a gradient."""
+        self.used_up: dict[Tensor, Tensor] = {}
+        """Large gradients that were, whose memory the next ones may take."""
 
     def group_of(self, parameter: Tensor) -> dict[str, Any]:
         """The group that a parameter is in."""
@@ -46,7 +51,18 @@ class Adam:
         """Forget the gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.grad = None
+                self.forget(parameter)
+
+    def forget(self, parameter: Tensor) -> None:
+        """Forget a gradient; the memory of a large one on the processor is kept for the next."""
+        grad, parameter.grad = parameter.grad, None
+        if grad is not None and grad.device.type == "cpu" and grad.nbytes > KEPT_ABOVE:
+            self.used_up[parameter] = grad
+
+    def room(self, parameter: Tensor) -> list[Tensor]:
+        """Memory for the next gradient: one matrix, or none. Whoever takes it out owns it."""
+        kept = self.used_up.pop(parameter, None)
+        return [] if kept is None else [kept]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -76,7 +92,7 @@ class Adam:
             _update([rows], [g], [m], [v], [state["step"].clone()], group)
             rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
         state["step"] += 1
-        parameter.grad = None
+        self.forget(parameter)
 
 
 def _update(

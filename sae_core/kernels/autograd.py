@@ -20,9 +20,11 @@ from sae_core.kernels.codes import Codes
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_enc: Tensor, b_enc: Tensor, b_dec: Tensor, codes: Codes
-    ) -> Tensor:
+        ctx: Any, x: Tensor, w_enc: Tensor, b_enc: Tensor, b_dec: Tensor, codes: Codes,
+        room: list[Tensor],
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, w_enc, b_dec)
+        ctx.room = room
         ctx.codes = codes.with_values(codes.values.detach())
         return ctx.codes.values.clone()
 
@@ -30,12 +32,13 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w_enc, b_dec = ctx.saved_tensors
         codes = ctx.codes.with_values(dy.contiguous())
-        need_x, need_w, need_b, need_b_dec, _ = ctx.needs_input_grad
+        need_x, need_w, need_b, need_b_dec = ctx.needs_input_grad[:4]
         total = sparse.latent_sums(codes)
         dx = sparse.matmul(codes, w_enc.T) if need_x else None
         # .T: W_enc is stored column by column (see sae.py), so the gradient has its strides
-        dw = sparse.matmul_t(codes, x - b_dec).T if need_w else None
-        return dx, dw, total if need_b else None, -(w_enc @ total) if need_b_dec else None, None
+        dw = sparse.matmul_t(codes, x - b_dec, ctx.room).T if need_w else None
+        db_dec = -(w_enc @ total) if need_b_dec else None
+        return dx, dw, total if need_b else None, db_dec, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -76,15 +79,18 @@ def encode(
     b_enc: Float[Tensor, "d_sae"],
     b_dec: Float[Tensor, "d_in"],
     codes: Codes,
+    room: list[Tensor] | None = None,
 ) -> Codes:
     """Attach the gradient of y = (x - b_dec) W_enc + b_enc to codes that already hold its values.
 
     Args:
         codes: active set whose values are the pre-activations there, [nnz].
+        room: memory for the gradient of w_enc' (see `sparse.matmul_t`).
     Returns:
         The same codes; their values depend on x, w_enc, b_enc and b_dec.
     """
-    return codes.with_values(_Encode.apply(x, w_enc, b_enc, b_dec, codes))
+    room = [] if room is None else room
+    return codes.with_values(_Encode.apply(x, w_enc, b_enc, b_dec, codes, room))
 
 
 def decode(codes: Codes, w_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "n d_in"]:

@@ -38,7 +38,8 @@ def _has_layer() -> bool:
 
 def _after_fork() -> None:
     global _forked
-    _forked = _forked or "sae_core.kernels.cpu" in sys.modules
+    threads = sys.modules.get("numba.np.ufunc.parallel")  # whoever started them
+    _forked = _forked or getattr(threads, "_is_initialized", False)
 
 
 _forked = False

@@ -56,23 +56,37 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def matmul(codes: Codes, w: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
-    """A W.
+def _check(codes: Codes, w: Tensor | None, g: Tensor | None) -> None:
+    """Loops look no index up: each latent must be a row of W, each token one of G.
 
     Raises:
-        IndexError: a latent that W does not have.
+        IndexError: they are not.
     """
-    if codes.col.numel() and not 0 <= codes.col.min() <= codes.col.max() < len(w):
+    if w is not None and codes.col.numel() and not 0 <= codes.col.min() <= codes.col.max() < len(w):
         raise IndexError(f"Expected latents from 0 to {len(w) - 1}, got others.")
+    if g is not None and len(g) != codes.n:
+        raise IndexError(f"Expected one row for each of {codes.n} tokens, got {len(g)}.")
+
+
+def matmul(codes: Codes, w: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
+    """A W."""
+    _check(codes, w, None)
     out = w.new_empty(codes.n, w.shape[1])
     _run(loops.sums, None, codes.col, codes.values, codes.crow, w, out)
     return out
 
 
-def matmul_t(codes: Codes, g: Float[Tensor, "n d"]) -> Float[Tensor, "d_sae d"]:
-    """A' G; the order of the codes' latents is taken from them where they carry it."""
+def matmul_t(
+    codes: Codes, g: Float[Tensor, "n d"], out: Float[Tensor, "d_sae d"] | None = None
+) -> Float[Tensor, "d_sae d"]:
+    """A' G; the order of the codes' latents is taken from them where they carry it.
+
+    Args:
+        out: memory for the result; None: new.
+    """
+    _check(codes, None, g)
     order, starts = codes.by_latent or by_latent(codes.col, codes.d_sae)
-    out = g.new_empty(codes.d_sae, g.shape[1])
+    out = g.new_empty(codes.d_sae, g.shape[1]) if out is None else out
     _run(loops.sums, order, codes.row, codes.values, starts, g, out)
     return out
 
@@ -81,6 +95,7 @@ def sampled(
     codes: Codes, g: Float[Tensor, "n d"], w: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "nnz"]:
     """(G W') at the active entries, in the order of the codes."""
+    _check(codes, w, g)
     out = g.new_empty(codes.col.shape[0])
     _run(loops.dots, codes.crow, codes.col, g, w, out)
     return out
@@ -90,7 +105,8 @@ def above(
     matrix: Tensor, floor: Float[Tensor, ""] | None = None
 ) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
     """Rows and columns, ascending, of what is above `floor`, 0 or more (None: 0), in [n, m]."""
-    least = matrix.new_zeros(1, 1) if floor is None else floor.to(matrix.dtype).view(1, 1)
+    # + 0: the bits of -0 would be the least integer
+    least = matrix.new_zeros(1, 1) if floor is None else floor.to(matrix.dtype).view(1, 1) + 0
     row, col = _run(search_loops.above, _integers(matrix), _integers(least).numpy()[0, 0])
     return torch.from_numpy(row), torch.from_numpy(col)
 
@@ -143,7 +159,7 @@ def adam_unit_rows(optimizer: Adam, parameter: Tensor) -> None:
     numbers = parameter.new_tensor(settings).numpy()
     matrices = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
     _run(loops.adam_unit_rows, *matrices, *numbers)
-    parameter.grad = None
+    optimizer.forget(parameter)
 
 
 def _reconstruct(
@@ -151,6 +167,7 @@ def _reconstruct(
 ) -> tuple[Tensor, ...]:
     """Loss, x_hat and gradients: the rows of W_dec that a token names are read for x_hat and, while
     they are in the cache, again for the gradient of the codes."""
+    _check(codes, w_dec, x)
     x = x.contiguous()
     x_hat, g, d_values = (torch.empty_like(t) for t in (x, x, codes.values))
     loss = x.new_empty(codes.n)

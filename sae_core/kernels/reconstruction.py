@@ -14,9 +14,10 @@ class _Reconstruction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, w_dec: Tensor, b_dec: Tensor, x: Tensor, codes: Codes,
-        factor: float, squared: Tensor | None, run: Callable, matmul_t: Callable,
+        factor: float, squared: Tensor | None, room: list[Tensor], run: Callable,
+        matmul_t: Callable,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.codes, ctx.matmul_t = codes.with_values(values.detach()), matmul_t
+        ctx.codes, ctx.matmul_t, ctx.room = codes.with_values(values.detach()), matmul_t, room
         loss, x_hat, g, d_values = run(ctx.codes, w_dec, b_dec, x, factor, squared)
         ctx.save_for_backward(g, d_values)
         ctx.mark_non_differentiable(x_hat)
@@ -28,16 +29,17 @@ class _Reconstruction(torch.autograd.Function):
         need_values, need_w, need_b, need_x = ctx.needs_input_grad[:4]
         if d_loss.is_cuda or d_loss != 1:  # the host does not wait for a GPU
             g, d_values = g * d_loss, d_values * d_loss
-        dw = ctx.matmul_t(ctx.codes, g) if need_w else None
+        taken = [ctx.room.pop()] if need_w and ctx.room else []  # by the first of several backwards
+        dw = ctx.matmul_t(ctx.codes, g, *taken) if need_w else None
         db = g.sum(0) if need_b else None
         dx = -g if need_x else None
-        return d_values if need_values else None, dw, db, dx, None, None, None, None, None
+        return d_values if need_values else None, dw, db, dx, *[None] * 6
 
 
 def differentiable(
     run: Callable, matmul_t: Callable
 ) -> Callable[..., tuple[Float[Tensor, ""], Float[Tensor, "n d_in"]]]:
-    """The function `reconstruction(codes, w_dec, b_dec, x, factor, squared_weights=None)`.
+    """The function `reconstruction(codes, w_dec, b_dec, x, factor, squared_weights, room)`.
 
     It gives factor * sum (A W_dec + b_dec - x)^2 gamma^2 and x_hat, which carries no gradient.
     Reference: ``factor * ((codes.to_dense() @ w_dec + b_dec - x).square() * gamma**2).sum()``.
@@ -52,9 +54,10 @@ def differentiable(
 
     def reconstruction(
         codes: Codes, w_dec: Tensor, b_dec: Tensor, x: Tensor, factor: float,
-        squared_weights: Tensor | None = None,
+        squared_weights: Tensor | None = None, room: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        arguments = (w_dec, b_dec, x, codes, factor, squared_weights, run, matmul_t)
+        room = [] if room is None else room
+        arguments = (w_dec, b_dec, x, codes, factor, squared_weights, room, run, matmul_t)
         return _Reconstruction.apply(codes.values, *arguments)
 
     return reconstruction

@@ -50,12 +50,19 @@ def matmul(codes: Codes, w: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
     return _sums(codes.col, codes.crow, codes.values, w)
 
 
-def matmul_t(codes: Codes, g: Float[Tensor, "n d"]) -> Float[Tensor, "d_sae d"]:
-    """A' G."""
+def matmul_t(
+    codes: Codes, g: Float[Tensor, "n d"], room: list[Tensor] | None = None
+) -> Float[Tensor, "d_sae d"]:
+    """A' G.
+
+    Args:
+        room: memory that the compiled loops may take for the result, a matrix [d_sae, d] or none;
+            what was taken is taken out.
+    """
     if codes.density > DENSE_ABOVE:
         return eager.matmul_t(codes, g)
     if (fast := products(g, codes.d_sae)) is not None:
-        return fast.matmul_t(codes, g)
+        return fast.matmul_t(codes, g, *([room.pop()] if room else []))
     order, starts = codes.by_latent or by_latent(codes.col, codes.d_sae)
     return _sums(codes.row[order], starts, codes.values[order], g)
 
