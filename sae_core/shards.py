@@ -7,9 +7,8 @@ of text ends: a run that was killed starts again behind the last line and writes
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_core.activations import Activations, harvest_batches
+from sae_core.activations import Activations
 from sae_core.disk import disk_errors
 from sae_core.errors import CorruptFileError, UserError
 from sae_core.models import LanguageModel
 from sae_core.shard_file import DTYPES, check_digest, check_size, map_shard
 from sae_core.shard_folder import MANIFEST, Journal, read_manifest
+from sae_core.shard_writer import harvest_settings, write_all
 from sae_core.text import TextRow
-from sae_core.tokens import START, Cursor, HarvestConfig, count_tokens, too_few_tokens
+from sae_core.tokens import HarvestConfig
 
 
 def harvest_shards(
@@ -65,102 +65,56 @@ def harvest_shards(
             tokens than ``config.max_tokens`` (nothing is written), NaN or inf, a full disk.
         CorruptFileError: a finished shard is gone or has another size.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if shard_tokens < 1:
-        raise UserError(f"shard_tokens must be at least 1, got {shard_tokens}.")
-    if iter(rows) is rows:
-        raise UserError(
-            "rows must be a source that can be read again (a list or a TextSource), got an "
-            f"iterator of type {type(rows).__name__}."
-        )
-    data_id = data_id or getattr(rows, "id", None)
-    if not data_id:
-        raise UserError("harvest_shards() needs data_id, as these rows carry no id of their own.")
     names = list(dict.fromkeys(hook_points))
-    settings = {
-        "model_id": lm.model_id,
-        "revision": lm.revision,
-        "model_dtype": str(lm.model.dtype).removeprefix("torch."),
-        "data_id": data_id,
-        "hook_points": names,
-        "dtype": dtype,
-        "shard_tokens": shard_tokens,
-        **asdict(config),
-    }
+    settings = harvest_settings(lm, rows, names, config, dtype, shard_tokens, data_id)
     folder = Path(folder)
     with disk_errors(folder):
         journal = Journal.open(folder, settings)
         if not (folder / MANIFEST).exists():
-            _write_all(lm, rows, names, journal, config, prefetch, progress or (lambda _: None))
+            write_all(lm, rows, [journal], config, prefetch, progress or (lambda _: None))
     return {name: ShardedActivations.open(folder, name) for name in names}
 
 
-def _write_all(
+def harvest_each(
     lm: LanguageModel,
     rows: Iterable[TextRow],
-    names: list[str],
-    journal: Journal,
+    folders: Mapping[str, str | os.PathLike[str]],
     config: HarvestConfig,
-    ahead: int,
-    progress: Callable[[int], None],
-) -> None:
-    done = sum(shard.tokens for shard in journal.shards)
-    last = journal.shards[-1] if journal.shards else None
-    left = None if config.max_tokens is None else config.max_tokens - done
-    if left != 0:
-        batches = harvest_batches(
-            lm,
-            rows,
-            names,
-            replace(config, max_tokens=left),
-            start=Cursor(last.rows, last.chunks) if last else START,
-            prefetch=ahead,
-            dtype=DTYPES[journal.settings["dtype"]],
+    *,
+    dtype: str = "float32",
+    shard_tokens: int = 65536,
+    data_id: str | None = None,
+    prefetch: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, "ShardedActivations"]:
+    """One folder for each hook point, out of one pass of the model behind the deepest of them.
+
+    Every folder is the one that ``harvest_shards`` writes for its hook point alone, byte for byte.
+    Folders that are complete cost nothing; a pass that was killed, or that has hook points more
+    than the last, goes on behind the last shard that all unfinished folders have.
+
+    Args:
+        folders: where each hook point goes; new, empty, or holding its harvest in part or whole.
+
+    The other arguments, what is returned and what is raised: see ``harvest_shards``.
+    """
+    paths = {name: Path(folder) for name, folder in folders.items()}
+    if not paths or len(set(paths.values())) < len(paths):
+        raise UserError(
+            "Expected at least one hook point, each with a folder of its own, got "
+            f"{ {name: str(path) for name, path in paths.items()} }."
         )
-        if last is None:
-            _check_enough(lm, rows, config, journal.settings["data_id"])
-        journal.start()
-        with closing(batches):
-            _write_shards(batches, names, journal, done, progress)
-    journal.finish()
-
-
-def _check_enough(
-    lm: LanguageModel, rows: Iterable[TextRow], config: HarvestConfig, data_id: str
-) -> None:
-    """Too little text is known before the first forward pass, not after hours of them."""
-    wanted = config.max_tokens or 1
-    available = count_tokens(lm.tokenizer, rows, config, wanted)
-    if not available:
-        raise UserError(f"The text {data_id!r} has no token to keep.")
-    if available < wanted:
-        raise too_few_tokens(wanted, available)
-
-
-def _write_shards(
-    batches: Iterator[tuple[dict[str, Activations], Cursor | None]],
-    names: list[str],
-    journal: Journal,
-    done: int,
-    progress: Callable[[int], None],
-) -> None:
-    parts: list[dict[str, Activations]] = []
-    size = 0
-    end: Cursor | None = None
-    for values, end in batches:
-        parts.append({name: _on_cpu(values[name]) for name in names})
-        size += len(parts[-1][names[0]])
-        progress(done + size)
-        if end is not None and size >= journal.settings["shard_tokens"]:
-            journal.add(parts, end)
-            done, parts, size = done + size, [], 0
-    if parts and end is not None:
-        journal.add(parts, end)
-
-
-def _on_cpu(item: Activations) -> Activations:
-    return item if item.x.device.type == "cpu" else replace(item, x=item.x.cpu())
+    journals = []
+    for name, folder in paths.items():
+        settings = harvest_settings(lm, rows, [name], config, dtype, shard_tokens, data_id)
+        with disk_errors(folder):
+            journal = Journal.open(folder, settings)
+        if not (folder / MANIFEST).exists():
+            journals.append(journal)
+    if journals:
+        with disk_errors(journals[0].folder):
+            write_all(lm, rows, journals, config, prefetch, progress or (lambda _: None))
+    return {name: ShardedActivations.open(folder, name) for name, folder in paths.items()}
 
 
 @dataclass(frozen=True, eq=False)

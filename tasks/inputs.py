@@ -4,6 +4,7 @@ A run with ``--activations OTHER`` trains on the shards of a finished run, which
 would harvest itself: the same model, text, held-out rows, hook point, tokens and precision.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sae_core.models import LanguageModel
     from sae_core.shards import ShardedActivations
     from sae_core.text import TextSource
+    from sae_core.tokens import HarvestConfig
 
     from .settings import TrainSettings
 
@@ -94,6 +96,19 @@ def with_split_of(settings: "TrainSettings") -> "TrainSettings":
     return replace(settings, text=replace(settings.text, split_seed=seed))
 
 
+def parts_of(
+    settings: "TrainSettings", inputs: Inputs
+) -> Iterator[tuple[str, "TextSource", "HarvestConfig"]]:
+    """What is harvested: the name of each part, its rows, and how many of their tokens."""
+    from sae_core.tokens import count_tokens
+
+    wanted = token_count(settings.run.eval_tokens)
+    n_held_out = count_tokens(inputs.lm.tokenizer, inputs.held_out_rows, settings.harvest, wanted)
+    rows_of = (inputs.train_rows, inputs.held_out_rows)
+    for name, rows, n in zip(PARTS, rows_of, (settings.max_tokens, n_held_out), strict=True):
+        yield name, rows, replace(settings.harvest, max_tokens=n)
+
+
 def harvest(
     settings: "TrainSettings", inputs: Inputs, run: RunFolder, *, quiet: bool
 ) -> tuple["ShardedActivations", "ShardedActivations"]:
@@ -104,24 +119,18 @@ def harvest(
             what differs). CorruptFileError: a shard is not what was written.
     """
     from sae_core.shards import ShardedActivations, harvest_shards
-    from sae_core.tokens import count_tokens
 
     other = settings.run.activations
     folder = RunFolder(Path(other)).activations if other else run.activations
-    wanted = token_count(settings.run.eval_tokens)
-    n_held_out = count_tokens(inputs.lm.tokenizer, inputs.held_out_rows, settings.harvest, wanted)
-    rows_of = (inputs.train_rows, inputs.held_out_rows)
     stored = []
-    for name, rows, max_tokens in zip(
-        PARTS, rows_of, (settings.max_tokens, n_held_out), strict=True
-    ):
-        with Progress(f"harvest {name}", max_tokens, "tokens", enabled=not quiet) as shown:
+    for name, rows, config in parts_of(settings, inputs):
+        with Progress(f"harvest {name}", config.max_tokens, "tokens", enabled=not quiet) as shown:
             folders = harvest_shards(
                 inputs.lm,
                 rows,
                 [inputs.hook_point],
                 folder / name,
-                replace(settings.harvest, max_tokens=max_tokens),
+                config,
                 dtype=settings.store_dtype(),
                 shard_tokens=settings.shard_tokens(),
                 progress=shown.update_to,
@@ -131,5 +140,3 @@ def harvest(
             found = ShardedActivations.open(folder / name, inputs.hook_point, verify=True)
         stored.append(found)
     return stored[0], stored[1]
-
-

@@ -11,6 +11,7 @@ from .common import EXIT_OK, PROG, nearest, run_guarded
 
 COMMANDS = {
     "train": "train a sparse autoencoder on a language model's activations",
+    "sweep": "train several (hook points, kinds, widths, seeds) on one harvest",
     "featurize": "turn rows of text into sparse features with a trained SAE",
     "inspect": "show latents: how often they fire, and their top texts",
     "identify": "say which latents to rely on, and which conditions of the theory hold",
