@@ -104,8 +104,8 @@ def make_plan(
     for hook, kind, width, seed in product(lists.hooks, lists.kinds, lists.widths, lists.seeds):
         name = "-".join([hook, kind, *([str(width)] if width is not None else []), f"seed{seed}"])
         run = replace(groups["run"], out=str(out / name), hook=hook, seed=seed)
-        shape = {"kind": kind, "d_sae": width}
-        runs.append(TrainSettings(**{**groups, "run": run, "sae": {**sae, **shape}}))
+        shape = {"kind": kind, **sae, "d_sae": width}  # in the order of train's own options
+        runs.append(TrainSettings(**{**groups, "run": run, "sae": shape}))
     return SweepPlan(out, tuple(runs))
 
 

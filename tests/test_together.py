@@ -97,7 +97,7 @@ def test_a_stream_that_ends_cuts_the_calibration_alone() -> None:
     assert not same(cut[0].sae, whole[0].sae)  # control: the calibration does read on
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.lists(st.tuples(st.integers(1, 25), st.integers(1, 12), st.integers(1, 9)), min_size=1,
              max_size=4),
@@ -206,6 +206,7 @@ def test_bad_streams_are_refused() -> None:
 # ---- one permutation for several hook points ----
 
 
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 40), max_size=8), st.integers(1, 9), st.integers(0, 30))
 def test_one_permutation_serves_all_hook_points(sizes: list[int], batch: int, extra: int) -> None:
     def items() -> Iterator[dict]:
