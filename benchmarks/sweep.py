@@ -114,7 +114,7 @@ def reading_rows(folder: Path) -> list[dict[str, Any]]:
 def sweep_rows(root: Path, tokens: int) -> list[dict[str, Any]]:
     """Four SAEs by one sweep and by four trainings."""
     shared = ["--tokens", str(tokens), "--dtype", "bfloat16", "--eval-tokens", "2k", "--quiet"]
-    shared += ["--loss-tokens", "1k"]
+    shared += ["--loss-tokens", "1k", "--train.gba.calibrate_tokens", "16384"]
 
     def command(*argv: str) -> None:
         with redirect_stdout(StringIO()):
