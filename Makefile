@@ -35,6 +35,7 @@ type: $(STAMP) ## pyright
 
 bench: $(STAMP) ## the CPU benchmarks in their reduced size; rewrites benchmarks/results
 	$(BIN)/python -m benchmarks.throughput --size reduced
+	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.sae_quality --size reduced
 	$(BIN)/python -m benchmarks.sae_quality --size reduced --ablation
 	for part in table curve ablation sensitivity heatmap; do \

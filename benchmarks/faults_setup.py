@@ -81,6 +81,13 @@ def train_arguments(root: Path, out: str, model: Path, tokens: str = "20k") -> l
     return [*argv, "--train.log_every", "5", "--out", str(root / out)]
 
 
+def sweep_arguments(root: Path, model: Path) -> list[str]:
+    """Three SAEs on two hook points, of a few steps each."""
+    argv = train_arguments(root, "out", model, "10k")[1:]
+    argv = ["--widths" if arg == "--d-sae" else arg for arg in argv]
+    return ["sweep", *argv, "--hooks", "layers.1.out", "layers.3.out", "--seeds", "0", "1"]
+
+
 def prepare(root: Path, data: Path = DATA) -> None:
     """Inputs, and a finished run with features in ``root/run``."""
     write_inputs(root, data)
@@ -100,6 +107,7 @@ def commands(root: Path, data: Path = DATA) -> dict[str, Command]:
     labelled = ["--data", str(root / "labelled.jsonl"), "--group", "pair"]
     argvs = {
         "train": train_arguments(root, "out", data / "stories260k"),
+        "sweep": sweep_arguments(root, data / "stories260k"),
         "featurize": ["featurize", "--run", run, "--text", str(root / "text.jsonl"), "--out", out,
                       "--quiet"],
         "select": ["select", "--run", run, "--pool", str(root / "pool.jsonl"), "--target",
@@ -116,7 +124,7 @@ def commands(root: Path, data: Path = DATA) -> dict[str, Command]:
         "align": ["align", "--run", run, "--items", str(root / "items.jsonl"), "--out", out,
                   "--permutations", "9999", "--n-boot", "500", "--quiet"],
     }  # fmt: skip
-    finals = {"train": "results.json", "select": "picks.meta.json"}
+    finals = {"train": "results.json", "sweep": "summary.json", "select": "picks.meta.json"}
     states = {"geo": ("out", "run/places")}
     made = {
         name: Command(

@@ -26,7 +26,7 @@ WORDS = (
 )  # fmt: skip
 FREE = {"--help", "-h", "--print_config", "--config", "--json", "--verbose", "--quiet"}
 QUICK = {"doctor", "demo"}
-BASE = ("train", "featurize", "select", "geo", "separability", "suppress", "align")
+BASE = ("train", "sweep", "featurize", "select", "geo", "separability", "suppress", "align")
 # Commands of a second or less, which often run to their end.
 WHOLE = ("convert", "monet")
 OUT = "out"  # where they write, in the folder of the child

@@ -95,6 +95,18 @@ def throughput(result: Result) -> str:
     ])  # fmt: skip
 
 
+def sweep(result: Result) -> str:
+    """Seconds of what is done once for several SAEs, beside its alternative."""
+    return table([
+        {
+            "what": row["name"], "turns": row["turns"], "seconds": f"{row['wall_s']:.4g}",
+            "range": f"{row['wall_low']:.4g}–{row['wall_high']:.4g}",
+            "of the processor": f"{row['cpu_s']:.4g}", "× line above": f"{row['times']:.3f}",
+        }
+        for row in result["rows"]
+    ])  # fmt: skip
+
+
 def goals(result: Result) -> str:
     """Every goal of a suite, kept or not."""
     return table([
@@ -131,6 +143,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "throughput_goals": ("throughput", goals),
     "scaling": ("scaling", scaling),
     "scaling_goals": ("scaling", goals),
+    "sweep": ("sweep", sweep),
+    "sweep_goals": ("sweep", goals),
     "cpu_kernels": ("cpu_kernels", cpu_kernels),
     "cpu_kernels_goals": ("cpu_kernels", goals),
     "geography_goals_gemma": ("geography_gemma", goals),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.activations import stream_activations as stream_activations
     from sae_core.buffer import batches as batches
     from sae_core.buffer import shuffle_stream as shuffle_stream
+    from sae_core.buffer import shuffle_streams as shuffle_streams
     from sae_core.checkpoint import load_checkpoint as load_checkpoint
     from sae_core.checkpoint import save_checkpoint as save_checkpoint
     from sae_core.conditions import Conditions as Conditions
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.features import SparseFeatures as SparseFeatures
     from sae_core.featurize import featurize as featurize
     from sae_core.gba import GBAConfig as GBAConfig
+    from sae_core.harvest import harvest_each as harvest_each
     from sae_core.harvest import harvest_shards as harvest_shards
     from sae_core.hooks import HookPoint as HookPoint
     from sae_core.hooks import resolve_hook_point as resolve_hook_point
@@ -78,6 +80,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.text import split_rows as split_rows
     from sae_core.theory import Condition as Condition
     from sae_core.theory import judge as judge
+    from sae_core.together import TrainJob as TrainJob
+    from sae_core.together import train_together as train_together
     from sae_core.tokens import HarvestConfig as HarvestConfig
     from sae_core.train import StepRecord as StepRecord
     from sae_core.train import train as train
@@ -91,6 +95,7 @@ HOME = {
     "stream_activations": "activations",
     "batches": "buffer",
     "shuffle_stream": "buffer",
+    "shuffle_streams": "buffer",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
     "ConditionStats": "conditions",
@@ -130,6 +135,7 @@ HOME = {
     "load_sae": "sae",
     "save_sae": "sae",
     "ShardedActivations": "shards",
+    "harvest_each": "harvest",
     "harvest_shards": "harvest",
     "TrainConfig": "state",
     "load_features": "store",
@@ -144,6 +150,8 @@ HOME = {
     "split_rows": "text",
     "Condition": "theory",
     "judge": "theory",
+    "TrainJob": "together",
+    "train_together": "together",
     "HarvestConfig": "tokens",
     "StepRecord": "train",
     "train": "train",

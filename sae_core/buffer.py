@@ -5,7 +5,7 @@ two that holds N, with cycle walking (Black and Rogaway 2002) to stay inside N. 
 of length N and answers "what is at place p" at once, so that a run resumes at any step.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +17,7 @@ from sae_core.activations import Activations
 from sae_core.errors import UserError
 from sae_core.prefetch import prefetch
 
-__all__ = ["batches", "permute", "prefetch", "shuffle_stream"]
+__all__ = ["batches", "permute", "prefetch", "shuffle_stream", "shuffle_streams"]
 
 # Each round changes one half only; 12 leave no visible structure in the tests of displacement
 # and serial correlation, and cost under 1 ms for a batch of 4,096 places.
@@ -178,6 +178,30 @@ def shuffle_stream(
     Raises:
         UserError: sizes that do not fit each other, or a stream whose d_in or dtype changes.
     """
+    alone = ({"": item} for item in stream)
+    mixed = shuffle_streams(alone, batch_size, buffer_tokens, seed)
+    return (found[""] for found in mixed)
+
+
+def shuffle_streams(
+    stream: Iterable[Mapping[str, Activations]], batch_size: int, buffer_tokens: int, seed: int
+) -> Iterator[dict[str, Activations]]:
+    """``shuffle_stream`` for several hook points: one permutation serves them all.
+
+    A batch holds the same tokens, in the same order, at every hook point, and each hook point gets
+    the batches that ``shuffle_stream`` would make of it alone.
+
+    Args:
+        stream: activations by hook point, as ``stream_activations`` yields them: the same hook
+            points in every item, and the same tokens at all of them.
+        batch_size: tokens a batch; only the very last batch may be smaller.
+        buffer_tokens: memory in tokens at each hook point, at least ``batch_size``.
+        seed: at least 0.
+
+    Raises:
+        UserError: sizes that do not fit each other, a stream whose hook points, d_in or dtype
+            change, or hook points with different tokens.
+    """
     if not 1 <= batch_size <= buffer_tokens:
         raise UserError(
             "shuffle_stream() needs 1 <= batch_size <= buffer_tokens, got batch_size "
@@ -187,31 +211,52 @@ def shuffle_stream(
 
 
 def _mixed(
-    stream: Iterable[Activations], batch_size: int, capacity: int, rng: np.random.Generator
-) -> Iterator[Activations]:
-    held: Activations | None = None
+    stream: Iterable[Mapping[str, Activations]],
+    batch_size: int,
+    capacity: int,
+    rng: np.random.Generator,
+) -> Iterator[dict[str, Activations]]:
+    held: dict[str, Activations] = {}
     filled = 0
-    for item in stream:
-        if held is None:
-            held = _room(item, capacity)
-        if item.x.shape[1:] != held.x.shape[1:] or item.x.dtype != held.x.dtype:
-            raise UserError(
-                f"The stream began with d_in {held.d_in} in {held.x.dtype}, then came d_in "
-                f"{item.d_in} in {item.x.dtype}."
-            )
-        done = 0
-        while done < len(item):
-            take = min(capacity - filled, len(item) - done)
-            for into, new in zip(_fields(held), _fields(item), strict=True):
-                into[filled : filled + take] = new[done : done + take]
+    for items in stream:
+        if not held:
+            held = {name: _room(item, capacity) for name, item in items.items()}
+        done, n = 0, _n_tokens(held, items)
+        while done < n:
+            take = min(capacity - filled, n - done)
+            for name, item in items.items():
+                for into, new in zip(_fields(held[name]), _fields(item), strict=True):
+                    into[filled : filled + take] = new[done : done + take]
             filled, done = filled + take, done + take
             if filled == capacity:
                 yield _draw(held, filled, batch_size, rng)
                 filled -= batch_size
-    while held is not None and filled:
+    while filled:
         size = min(batch_size, filled)
         yield _draw(held, filled, size, rng)
         filled -= size
+
+
+def _n_tokens(held: Mapping[str, Activations], items: Mapping[str, Activations]) -> int:
+    """How many tokens came, checked to fit what is held and to be the same at all hook points."""
+    if items.keys() != held.keys() or not items:
+        raise UserError(
+            f"The stream began with the hook points {sorted(held)}, then came {sorted(items)}."
+        )
+    first = next(iter(items.values()))
+    for name, item in items.items():
+        kept = held[name]
+        if item.x.shape[1:] != kept.x.shape[1:] or item.x.dtype != kept.x.dtype:
+            raise UserError(
+                f"The stream began with d_in {kept.d_in} in {kept.x.dtype}, then came d_in "
+                f"{item.d_in} in {item.x.dtype}."
+            )
+        if not all(map(torch.equal, _fields(item)[1:], _fields(first)[1:])):
+            raise UserError(
+                f"Expected the same tokens at all hook points, got others at {name!r} than at "
+                f"{next(iter(items))!r}."
+            )
+    return len(first)
 
 
 def _fields(item: Activations) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,13 +267,16 @@ def _room(like: Activations, capacity: int) -> Activations:
     return Activations(*(f.new_zeros((capacity, *f.shape[1:])) for f in _fields(like)))
 
 
-def _draw(held: Activations, filled: int, size: int, rng: np.random.Generator) -> Activations:
+def _draw(
+    held: Mapping[str, Activations], filled: int, size: int, rng: np.random.Generator
+) -> dict[str, Activations]:
     """Take ``size`` random tokens out of the first ``filled`` and close the holes from the tail."""
     chosen = rng.choice(filled, size=size, replace=False)
-    batch = held.select(torch.from_numpy(chosen))
+    batch = {name: item.select(torch.from_numpy(chosen)) for name, item in held.items()}
     kept = filled - size
     holes = torch.from_numpy(np.sort(chosen[chosen < kept]))
     tail = torch.from_numpy(np.setdiff1d(np.arange(kept, filled), chosen, assume_unique=True))
-    for field in _fields(held):
-        field[holes.to(field.device)] = field[tail.to(field.device)]
+    for item in held.values():
+        for field in _fields(item):
+            field[holes.to(field.device)] = field[tail.to(field.device)]
     return batch

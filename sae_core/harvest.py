@@ -1,26 +1,28 @@
-"""Activations of a text to a folder of shards, resumable after a kill (see shards.py).
+"""Activations of a text to folders of shards, resumable after a kill (see shards.py).
 
 A shard ends where a window of text ends: a run that was killed starts again behind the last line of
-the journal and writes the same bytes. Several processes may share the forward passes (dealer.py).
+the journal and writes the same bytes. One pass of the model serves several folders (a hook point
+each), and several processes may share its forward passes (dealer.py).
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_core.activations import Activations, harvest_batches
+from sae_core.activations import harvest_batches
 from sae_core.dealer import Dealer
 from sae_core.disk import disk_errors
 from sae_core.errors import UserError
 from sae_core.models import LanguageModel
 from sae_core.shard_file import DTYPES
 from sae_core.shard_folder import MANIFEST, Journal
+from sae_core.shard_writer import check_enough, harvest_settings, write_shards
 from sae_core.shards import ShardedActivations
 from sae_core.text import TextRow
-from sae_core.tokens import START, Cursor, HarvestConfig, count_tokens, too_few_tokens
+from sae_core.tokens import START, Cursor, HarvestConfig
 
 
 class Place(NamedTuple):
@@ -30,6 +32,134 @@ class Place(NamedTuple):
     """In the text."""
     left: int | None
     """Tokens that are still wanted; None: all there are."""
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """A harvest that is checked, and not begun or not finished."""
+
+    lm: LanguageModel
+    rows: Iterable[TextRow]
+    folders: Mapping[Path, list[str]]
+    """Hook points of each folder."""
+    journals: list[Journal]
+    """Of the folders that are not complete; they differ in their hook points alone."""
+    config: HarvestConfig
+    prefetch: int
+
+    @property
+    def names(self) -> list[str]:
+        """Hook points of the folders that are not complete."""
+        return [name for journal in self.journals for name in journal.settings["hook_points"]]
+
+    @property
+    def _behind(self) -> Journal:
+        """Of the folder with the fewest shards: a kill may have left others one ahead."""
+        return min(self.journals, key=lambda journal: len(journal.shards))
+
+    @property
+    def _n_done(self) -> int:
+        return sum(shard.tokens for shard in self._behind.shards)
+
+    @property
+    def place(self) -> Place | None:
+        """What is left of it, from the folder with the fewest shards on; None: nothing."""
+        if not self.journals:
+            return None
+        shards, wanted = self._behind.shards, self.config.max_tokens
+        start = Cursor(shards[-1].rows, shards[-1].chunks) if shards else START
+        return Place(start, None if wanted is None else wanted - self._n_done)
+
+    def write(
+        self, progress: Callable[[int], None] | None = None, dealer: Dealer | None = None
+    ) -> dict[str, ShardedActivations]:
+        """Bring the folders to their end, in one pass; see ``harvest_shards``.
+
+        Args:
+            dealer: the other processes, each in ``help_harvest``, run their share of the passes.
+        """
+        if (place := self.place) is not None:
+            with disk_errors(self._behind.folder):
+                if place.left != 0:
+                    self._write(place, progress or (lambda _: None), dealer)
+                for journal in self.journals:
+                    journal.finish()
+        return {
+            name: ShardedActivations.open(folder, name)
+            for folder, names in self.folders.items()
+            for name in names
+        }
+
+    def _write(self, place: Place, progress: Callable[[int], None], dealer: Dealer | None) -> None:
+        batches = harvest_batches(
+            self.lm, self.rows, self.names, replace(self.config, max_tokens=place.left),
+            start=place.start, prefetch=self.prefetch, dealer=dealer,
+            dtype=DTYPES[self._behind.settings["dtype"]],
+        )  # fmt: skip
+        number, n_done = len(self._behind.shards), self._n_done
+        for journal in self.journals:
+            journal.start()
+        with closing(batches):
+            write_shards(batches, self.journals, number, n_done, progress)
+
+
+def open_harvest(
+    lm: LanguageModel,
+    rows: Iterable[TextRow],
+    folders: Mapping[Path, Sequence[str]],
+    config: HarvestConfig,
+    *,
+    dtype: str = "float32",
+    shard_tokens: int = 65536,
+    data_id: str | None = None,
+    prefetch: int = 2,
+) -> Harvest:
+    """Check a harvest and read what is there of it; writes nothing.
+
+    Args:
+        folders: the hook points that go into each folder.
+
+    The other arguments, and what is raised: see ``harvest_shards``.
+    """
+    wanted = {folder: list(dict.fromkeys(names)) for folder, names in folders.items()}
+    journals = []
+    for folder, names in wanted.items():
+        settings = harvest_settings(lm, rows, names, config, dtype, shard_tokens, data_id)
+        with disk_errors(folder):
+            journal = Journal.open(folder, settings)
+        if not (folder / MANIFEST).exists():
+            journals.append(journal)
+    found = Harvest(lm, rows, wanted, journals, config, prefetch)
+    if found.place is not None and found.place.start == START:
+        check_enough(lm, rows, config, journals[0].settings["data_id"])
+    return found
+
+
+def help_harvest(
+    lm: LanguageModel,
+    rows: Iterable[TextRow],
+    hook_points: Sequence[str],
+    config: HarvestConfig,
+    place: Place | None,
+    *,
+    dtype: str = "float32",
+) -> None:
+    """Run this process's share of the forward passes of a harvest that the first one writes.
+
+    Args:
+        hook_points: the ``names`` of the first process's ``Harvest``.
+        place: likewise; the rest as there.
+    """
+    if place is None or place.left == 0:
+        return
+    dealer = Dealer()
+    batches = harvest_batches(
+        lm, rows, hook_points, replace(config, max_tokens=place.left),
+        start=place.start, dtype=DTYPES[dtype], dealer=dealer,
+    )  # fmt: skip
+    for _ in batches:
+        pass
+    dealer.finish()
 
 
 def harvest_shards(
@@ -69,170 +199,41 @@ def harvest_shards(
         CorruptFileError: a finished shard is gone or has another size.
     """
     return open_harvest(
-        lm, rows, hook_points, folder, config, dtype=dtype, shard_tokens=shard_tokens,
-        data_id=data_id, prefetch=prefetch,
+        lm, rows, {Path(folder): hook_points}, config,
+        dtype=dtype, shard_tokens=shard_tokens, data_id=data_id, prefetch=prefetch,
     ).write(progress)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Harvest:
-    """A harvest that is checked, and not begun or not finished."""
-
-    lm: LanguageModel
-    rows: Iterable[TextRow]
-    names: list[str]
-    journal: Journal
-    config: HarvestConfig
-    prefetch: int
-
-    @property
-    def place(self) -> Place | None:
-        """What is left of it; None: nothing."""
-        if (self.journal.folder / MANIFEST).exists():
-            return None
-        shards, wanted = self.journal.shards, self.config.max_tokens
-        start = Cursor(shards[-1].rows, shards[-1].chunks) if shards else START
-        return Place(start, None if wanted is None else wanted - self._n_done)
-
-    @property
-    def _n_done(self) -> int:
-        return sum(shard.tokens for shard in self.journal.shards)
-
-    def write(
-        self, progress: Callable[[int], None] | None = None, dealer: Dealer | None = None
-    ) -> dict[str, ShardedActivations]:
-        """See ``harvest_shards``.
-
-        Args:
-            dealer: the other processes, each in ``help_harvest``, run their share of the passes.
-        """
-        folder = self.journal.folder
-        with disk_errors(folder):
-            if (place := self.place) is not None:
-                self._write(place, progress or (lambda _: None), dealer)
-        return {name: ShardedActivations.open(folder, name) for name in self.names}
-
-    def _write(
-        self, place: Place, progress: Callable[[int], None], dealer: Dealer | None
-    ) -> None:
-        journal = self.journal
-        if place.left != 0:
-            batches = harvest_batches(
-                self.lm, self.rows, self.names, replace(self.config, max_tokens=place.left),
-                start=place.start, prefetch=self.prefetch, dtype=DTYPES[journal.settings["dtype"]],
-                dealer=dealer,
-            )  # fmt: skip
-            journal.start()
-            with closing(batches):
-                _write_shards(batches, self.names, journal, self._n_done, progress)
-        journal.finish()
-
-
-def open_harvest(
+def harvest_each(
     lm: LanguageModel,
     rows: Iterable[TextRow],
-    hook_points: Sequence[str],
-    folder: str | os.PathLike[str],
+    folders: Mapping[str, str | os.PathLike[str]],
     config: HarvestConfig,
     *,
     dtype: str = "float32",
     shard_tokens: int = 65536,
     data_id: str | None = None,
     prefetch: int = 2,
-) -> Harvest:
-    """Check a harvest and read what is there of it; writes nothing.
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, ShardedActivations]:
+    """One folder for each hook point, out of one pass of the model behind the deepest of them.
 
-    Arguments and errors are those of ``harvest_shards``.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if shard_tokens < 1:
-        raise UserError(f"shard_tokens must be at least 1, got {shard_tokens}.")
-    if iter(rows) is rows:
-        raise UserError(
-            "rows must be a source that can be read again (a list or a TextSource), got an "
-            f"iterator of type {type(rows).__name__}."
-        )
-    data_id = data_id or getattr(rows, "id", None)
-    if not data_id:
-        raise UserError("harvest_shards() needs data_id, as these rows carry no id of their own.")
-    names = list(dict.fromkeys(hook_points))
-    settings = {
-        "model_id": lm.model_id,
-        "revision": lm.revision,
-        "model_dtype": str(lm.model.dtype).removeprefix("torch."),
-        "data_id": data_id,
-        "hook_points": names,
-        "dtype": dtype,
-        "shard_tokens": shard_tokens,
-        **asdict(config),
-    }
-    folder = Path(folder)
-    with disk_errors(folder):
-        journal = Journal.open(folder, settings)
-    if not journal.shards and not (folder / MANIFEST).exists():
-        _check_enough(lm, rows, config, data_id)
-    return Harvest(lm, rows, names, journal, config, prefetch)
-
-
-def help_harvest(
-    lm: LanguageModel,
-    rows: Iterable[TextRow],
-    hook_points: Sequence[str],
-    config: HarvestConfig,
-    place: Place | None,
-    *,
-    dtype: str = "float32",
-) -> None:
-    """Run this process's share of the forward passes of a harvest that the first one writes.
+    Every folder is the one that ``harvest_shards`` writes for its hook point alone, byte for byte.
+    Folders that are complete cost nothing; a pass that was killed, or that has hook points more
+    than the last, goes on behind the last shard that all unfinished folders have.
 
     Args:
-        place: that of the first process's ``Harvest``; the rest as there.
+        folders: where each hook point goes; new, empty, or holding its harvest in part or whole.
+
+    The other arguments, what is returned and what is raised: see ``harvest_shards``.
     """
-    if place is None or place.left == 0:
-        return
-    dealer = Dealer()
-    config = replace(config, max_tokens=place.left)
-    names = list(dict.fromkeys(hook_points))
-    for _ in harvest_batches(
-        lm, rows, names, config, start=place.start, dtype=DTYPES[dtype], dealer=dealer
-    ):
-        pass
-    dealer.finish()
-
-
-def _check_enough(
-    lm: LanguageModel, rows: Iterable[TextRow], config: HarvestConfig, data_id: str
-) -> None:
-    """Too little text is known before the first forward pass, not after hours of them."""
-    wanted = config.max_tokens or 1
-    available = count_tokens(lm.tokenizer, rows, config, wanted)
-    if not available:
-        raise UserError(f"The text {data_id!r} has no token to keep.")
-    if available < wanted:
-        raise too_few_tokens(wanted, available)
-
-
-def _write_shards(
-    batches: Iterator[tuple[dict[str, Activations], Cursor | None]],
-    names: list[str],
-    journal: Journal,
-    done: int,
-    progress: Callable[[int], None],
-) -> None:
-    parts: list[dict[str, Activations]] = []
-    size = 0
-    end: Cursor | None = None
-    for values, end in batches:
-        parts.append({name: _on_cpu(values[name]) for name in names})
-        size += len(parts[-1][names[0]])
-        progress(done + size)
-        if end is not None and size >= journal.settings["shard_tokens"]:
-            journal.add(parts, end)
-            done, parts, size = done + size, [], 0
-    if parts and end is not None:
-        journal.add(parts, end)
-
-
-def _on_cpu(item: Activations) -> Activations:
-    return item if item.x.device.type == "cpu" else replace(item, x=item.x.cpu())
+    paths = {name: Path(folder) for name, folder in folders.items()}
+    if not paths or len(set(paths.values())) < len(paths):
+        raise UserError(
+            "Expected at least one hook point, each with a folder of its own, got "
+            f"{ {name: str(path) for name, path in paths.items()} }."
+        )
+    return open_harvest(
+        lm, rows, {folder: [name] for name, folder in paths.items()}, config,
+        dtype=dtype, shard_tokens=shard_tokens, data_id=data_id, prefetch=prefetch,
+    ).write(progress)  # fmt: skip

@@ -7,7 +7,7 @@ cache is left out of the estimate, and the answer says so.
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -44,12 +44,12 @@ DENSE_COPIES = 3
 
 
 def forward_rate(
-    lm: "LanguageModel", rows: "list[TextRow]", hook_point: str, config: "HarvestConfig"
-) -> tuple[float, int]:
-    """Kept tokens a second of the forward pass up to the hook point, and d_in there."""
+    lm: "LanguageModel", rows: "list[TextRow]", hook_points: Sequence[str], config: "HarvestConfig"
+) -> tuple[float, dict[str, int]]:
+    """Kept tokens a second of the forward pass up to the deepest hook point, and d_in at each."""
     from sae_core.activations import stream_activations
 
-    stream = stream_activations(lm, rows, [hook_point], config)
+    stream = stream_activations(lm, rows, hook_points, config)
     first = next(stream, None)  # pays for the library's set-up, not timed
     if first is None:
         raise UserError(f"Expected text with tokens, got none in {len(rows)} rows.")
@@ -59,14 +59,15 @@ def forward_rate(
         batch = next(stream, None)
         if batch is None:
             break
-        n_tokens, n_batches = n_tokens + len(batch[hook_point]), n_batches + 1
+        n_tokens, n_batches = n_tokens + len(batch[hook_points[0]]), n_batches + 1
         if n_batches >= MIN_BATCHES and time.monotonic() - start > PROBE_SECONDS:
             break
     if not n_tokens:  # the whole text is one batch: time it again
         start = time.monotonic()
-        again = stream_activations(lm, rows, [hook_point], config)
-        n_tokens = sum(len(batch[hook_point]) for batch in again)
-    return n_tokens / (time.monotonic() - start), first[hook_point].d_in
+        again = stream_activations(lm, rows, hook_points, config)
+        n_tokens = sum(len(batch[hook_points[0]]) for batch in again)
+    widths = {name: found.d_in for name, found in first.items()}
+    return n_tokens / (time.monotonic() - start), widths
 
 
 def step_seconds(settings: "TrainSettings", d_in: int) -> float:
@@ -110,10 +111,8 @@ def estimate_training(settings: "TrainSettings", *, accept_terms: bool = False) 
     """
     from sae_core.hooks import resolve_hook_point
     from sae_core.text import split_rows
-    from sae_core.tokens import count_tokens
 
     from .inputs import with_split_of
-    from .train import training_config
 
     shares(settings)
     settings = with_split_of(settings)
@@ -126,27 +125,45 @@ def estimate_training(settings: "TrainSettings", *, accept_terms: bool = False) 
         resolve_hook_point(lm.model, report["hook_point"])
     if lm and source:
         rows = split_rows(source, settings.text.held_out_frac, settings.split_seed)[0]
-        asked = settings.max_tokens
-        available = count_tokens(lm.tokenizer, rows, settings.harvest, asked)
-        if asked and available < asked:
-            raise UserError(
-                f"--tokens asked for {asked} tokens, the training rows of {source.id} hold only "
-                f"{available}."
-            )
-        report["stored_tokens"] = available
+        report["stored_tokens"] = available_tokens(settings, lm, rows, source.id)
         probe = list(islice(rows, PROBE_ROWS))
-        rate, d_in = forward_rate(lm, probe, report["hook_point"], settings.harvest)
-        report |= {"forward_tokens_per_second": rate, "d_in": d_in}
-        report["step_seconds"] = step_seconds(settings, d_in)
-    if report["stored_tokens"] and report.get("d_in"):
-        config = training_config(settings, report["stored_tokens"])
-        report |= {"steps": config.steps, "presented_tokens": config.steps * config.batch_size}
-        report["disk_bytes"] = disk_bytes(settings, report)
-        report["seconds"] = seconds(settings, report, lm)
+        rate, widths = forward_rate(lm, probe, [report["hook_point"]], settings.harvest)
+        report |= {"forward_tokens_per_second": rate, "d_in": widths[report["hook_point"]]}
+        report["step_seconds"] = step_seconds(settings, report["d_in"])
+        add_costs(report, settings, lm)
     if lm:
         report["memory_bytes"] = memory_bytes(settings, lm, report.get("d_in") or lm.d_model)
         report["processes"] = n_processes()
     return report
+
+
+def available_tokens(
+    settings: "TrainSettings", lm: "LanguageModel", rows: "TextSource", text: str
+) -> int:
+    """Tokens that will be stored of the training rows.
+
+    Raises:
+        UserError: there are fewer than were asked for.
+    """
+    from sae_core.tokens import count_tokens
+
+    asked = settings.max_tokens
+    available = count_tokens(lm.tokenizer, rows, settings.harvest, asked)
+    if asked and available < asked:
+        raise UserError(
+            f"--tokens asked for {asked} tokens, the training rows of {text} hold only {available}."
+        )
+    return available
+
+
+def add_costs(report: dict[str, Any], settings: "TrainSettings", lm: "LanguageModel") -> None:
+    """Steps, disk and time, from the tokens, the width and the rates in the report."""
+    from .train import training_config
+
+    config = training_config(settings, report["stored_tokens"])
+    report |= {"steps": config.steps, "presented_tokens": config.steps * config.batch_size}
+    report["disk_bytes"] = disk_bytes(settings, report)
+    report["seconds"] = seconds(settings, report, lm)
 
 
 def estimate_features(
@@ -169,8 +186,8 @@ def estimate_features(
     lm = open_model(model)
     tokens = count_tokens(lm.tokenizer, source, run.settings.harvest)
     probe = list(islice(source, PROBE_ROWS))
-    rate, d_in = forward_rate(lm, probe, run.hook_point, run.settings.harvest)
-    if d_in != run.sae.d_in:
+    rate, widths = forward_rate(lm, probe, [run.hook_point], run.settings.harvest)
+    if (d_in := widths[run.hook_point]) != run.sae.d_in:
         raise UserError(
             f"The SAE reads activations of width {run.sae.d_in}, "
             f"but {run.hook_point} of {model.name} has {d_in}."

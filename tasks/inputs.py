@@ -98,6 +98,19 @@ def with_split_of(settings: "TrainSettings") -> "TrainSettings":
     return replace(settings, text=replace(settings.text, split_seed=seed))
 
 
+def parts_of(
+    settings: "TrainSettings", inputs: Inputs
+) -> Iterator[tuple[str, "TextSource", "HarvestConfig"]]:
+    """What is harvested: the name of each part, its rows, and how many of their tokens."""
+    from sae_core.tokens import count_tokens
+
+    wanted = token_count(settings.run.eval_tokens)
+    n_held_out = count_tokens(inputs.lm.tokenizer, inputs.held_out_rows, settings.harvest, wanted)
+    rows_of = (inputs.train_rows, inputs.held_out_rows)
+    for name, rows, n in zip(PARTS, rows_of, (settings.max_tokens, n_held_out), strict=True):
+        yield name, rows, replace(settings.harvest, max_tokens=n)
+
+
 def harvest(
     settings: "TrainSettings", inputs: Inputs, run: RunFolder, team: Team, *, quiet: bool
 ) -> tuple["ShardedActivations", "ShardedActivations"]:
@@ -116,9 +129,9 @@ def harvest(
     other = settings.run.activations
     folder = RunFolder(Path(other)).activations if other else run.activations
     stored = []
-    for name, rows, config in _parts(settings, inputs):
+    for name, rows, config in parts_of(settings, inputs):
         found = open_harvest(
-            inputs.lm, rows, [inputs.hook_point], folder / name, config,
+            inputs.lm, rows, {folder / name: [inputs.hook_point]}, config,
             dtype=settings.store_dtype(), shard_tokens=settings.shard_tokens(),
         )  # fmt: skip
         team.tell(found.place)
@@ -136,19 +149,6 @@ def help_to_harvest(settings: "TrainSettings", inputs: Inputs, team: Team) -> No
     """The share of another process in ``harvest``."""
     from sae_core.harvest import help_harvest
 
-    for _, rows, config in _parts(settings, inputs):
+    for _, rows, config in parts_of(settings, inputs):
         place, dtype = team.hear(), settings.store_dtype()
         help_harvest(inputs.lm, rows, [inputs.hook_point], config, place, dtype=dtype)
-
-
-def _parts(
-    settings: "TrainSettings", inputs: Inputs
-) -> "Iterator[tuple[str, TextSource, HarvestConfig]]":
-    """Name, rows and settings of the training part and of the held-out part."""
-    from sae_core.tokens import count_tokens
-
-    wanted = token_count(settings.run.eval_tokens)
-    n_held_out = count_tokens(inputs.lm.tokenizer, inputs.held_out_rows, settings.harvest, wanted)
-    rows_of = (inputs.train_rows, inputs.held_out_rows)
-    for name, rows, n in zip(PARTS, rows_of, (settings.max_tokens, n_held_out), strict=True):
-        yield name, rows, replace(settings.harvest, max_tokens=n)

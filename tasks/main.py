@@ -7,11 +7,12 @@ from importlib.metadata import version
 
 from sae_core.errors import UserError
 
-from .common import EXIT_OK, PROG, nearest, run_guarded
-from .processes import leave
+from .common import EXIT_BAD_INPUT, EXIT_OK, PROG, nearest, run_guarded
+from .processes import is_first, leave, n_processes
 
 COMMANDS = {
     "train": "train a sparse autoencoder on a language model's activations",
+    "sweep": "train several (hook points, kinds, widths, seeds) on one harvest",
     "featurize": "turn rows of text into sparse features with a trained SAE",
     "inspect": "show latents: how often they fire, and their top texts",
     "identify": "say which latents to rely on, and which conditions of the theory hold",
@@ -57,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = nearest(args[0], COMMANDS)
             hint = f"the nearest is {found[0]!r}" if found else f"there are {', '.join(COMMANDS)}"
             raise UserError(f"Unknown command {args[0]!r}; {hint}.")
+        if n_processes() > 1 and args[0] != "train":
+            if not is_first():
+                raise SystemExit(EXIT_BAD_INPUT)
+            raise UserError(
+                f"Expected the command train in {n_processes()} processes, got {args[0]}, which "
+                "runs in one (WORLD_SIZE is set, as torchrun sets it)."
+            )
         try:
             code = import_module(f".{args[0]}", __package__).main(args[1:])
         except SystemExit as end:  # --help and --print_config end this way

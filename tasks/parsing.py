@@ -178,7 +178,7 @@ class CommandParser(ArgumentParser):
             return self._unknown_key(f"{match[1]}.{match[2]}")
         if match := re.search(r"Option '([\w.]+)' is not accepted", message):
             return self._unknown_key(match[1])
-        if match := re.search(r'Parser key "([\w.]+)":(.*)', message, flags=re.S):
+        if match := re.search(r'Parser key "([\w.]+)"(?: element \d+)?:(.*)', message, flags=re.S):
             return self._wrong_value(match[1], match[2])
         return one_line(message)
 

@@ -104,7 +104,8 @@ def check_free(path: Path, config: Mapping[str, Any]) -> RunFolder:
     run = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"Expected a folder at {path}, got a file.")
-    if not path.is_dir() or not any(path.iterdir()):
+    left_over = f".{run.run_file.name}."  # of a kill before run.json was in its place
+    if not path.is_dir() or all(one.name.startswith(left_over) for one in path.iterdir()):
         return run
     if not run.run_file.is_file():
         raise UserError(

@@ -7,7 +7,7 @@ writes, and all of them train (see processes.py).
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -65,13 +65,6 @@ SHORT = {
 
 
 def build_parser() -> CommandParser:
-    from sae_core.sae import SAEConfig
-    from sae_core.state import TrainConfig
-    from sae_core.tokens import HarvestConfig
-
-    from .recipes import GBA_PRESETS
-    from .settings import ModelOptions, RunOptions, TextOptions
-
     parser = CommandParser(
         "train",
         "Train a sparse autoencoder on the activations of a language model and evaluate it on "
@@ -79,6 +72,25 @@ def build_parser() -> CommandParser:
         EXAMPLE,
         short=SHORT,
     )
+    add_training_options(parser)
+    return parser
+
+
+def add_training_options(parser: CommandParser, skip: Iterable[str] = ()) -> None:
+    """Everything that decides what a training gives, but for the fields in ``skip``.
+
+    Args:
+        skip: full keys, e.g. ``seed`` or ``sae.d_sae``.
+    """
+    from sae_core.sae import SAEConfig
+    from sae_core.state import TrainConfig
+    from sae_core.tokens import HarvestConfig
+
+    from .recipes import GBA_PRESETS
+    from .settings import ModelOptions, RunOptions, TextOptions
+
+    of_sae = {key.removeprefix("sae.") for key in skip if key.startswith("sae.")}
+    of_run = {key for key in skip if "." not in key}
     parser.add_argument(
         "--preset",
         choices=list(GBA_PRESETS),
@@ -87,16 +99,16 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--accept_terms", action="store_true", help="Consent to the terms of a model that has some."
     )
-    parser.add_options(RunOptions)
+    parser.add_options(RunOptions, skip=of_run)
     parser.add_options(ModelOptions, "model")
     parser.add_options(TextOptions, "text")
     parser.add_options(HarvestConfig, "harvest", skip={"max_tokens"})
-    parser.add_options(SAEConfig, "sae", skip={"d_in", "d_sae"})
-    parser.add_argument(
-        "--sae.d_sae", type=int | None, help="Number of latents (null: 8 times d_in)."
-    )
+    parser.add_options(SAEConfig, "sae", skip={"d_in", "d_sae"} | of_sae)
+    if "d_sae" not in of_sae:
+        parser.add_argument(
+            "--sae.d_sae", type=int | None, help="Number of latents (null: 8 times d_in)."
+        )
     parser.add_options(TrainConfig, "train", skip={"steps", "seed"})
-    return parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -118,35 +130,49 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> tuple["TrainSettings", Any]:
     """The flags as settings, and the flags themselves."""
+    from .settings import TrainSettings
+
+    options = parse_with(build_parser(), argv)
+    return TrainSettings(**groups_of(options), sae=options.sae.as_dict()), options
+
+
+def parse_with(parser: CommandParser, argv: Sequence[str]) -> Any:
+    """The flags, on top of the defaults that ``--preset`` names."""
+    from .recipes import GBA_PRESETS
+
+    made = {name: asdict(preset()) for name, preset in GBA_PRESETS.items()}
+    parser.use_preset(argv, "--preset", made, "train.gba")
+    return parser.parse(argv)
+
+
+def groups_of(options: Any) -> dict[str, Any]:
+    """The flags as the groups of TrainSettings, without ``sae``."""
     from sae_core.state import TrainConfig
     from sae_core.tokens import HarvestConfig
 
-    from .recipes import GBA_PRESETS
-    from .settings import ModelOptions, RunOptions, TextOptions, TrainSettings
+    from .settings import ModelOptions, RunOptions, TextOptions
 
-    parser = build_parser()
-    made = {name: asdict(preset()) for name, preset in GBA_PRESETS.items()}
-    parser.use_preset(argv, "--preset", made, "train.gba")
-    options = parser.parse(argv)
-    settings = TrainSettings(
-        model=take(ModelOptions, options.model),
-        text=take(TextOptions, options.text),
-        run=take(RunOptions, options),
-        harvest=take(HarvestConfig, options.harvest),
-        sae=options.sae.as_dict(),
-        train=take(TrainConfig, options.train),
-    )
-    return settings, options
+    return {
+        "model": take(ModelOptions, options.model),
+        "text": take(TextOptions, options.text),
+        "run": take(RunOptions, options),
+        "harvest": take(HarvestConfig, options.harvest),
+        "train": take(TrainConfig, options.train),
+    }
 
 
 def train_run(
     settings: "TrainSettings",
     stop: StopSignal,
     *,
+    inputs: Inputs | None = None,
     accept_terms: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Bring the run in ``settings.run.out`` to its end and return its results.
+
+    Args:
+        inputs: what ``open_inputs`` gives for these settings, where it is at hand.
 
     Raises:
         UserError: bad input, or the folder holds another run.
@@ -166,7 +192,7 @@ def train_run(
             return read_json(run.results_file) | {"out": str(run.path)}
         check_sink(settings.run.log)
         start = time.monotonic()
-        inputs = open_inputs(settings, accept_terms=accept_terms)
+        inputs = inputs or open_inputs(settings, accept_terms=accept_terms)
         shares(settings, inputs.lm.d_model)
         with only_writer(run.path):
             team.tell(settings, more=True)
