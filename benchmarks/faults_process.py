@@ -21,7 +21,8 @@ CRASHED = 70  # exit code of a child that an exception ended
 PREFIX = "sae-apps: error: "
 MODULES = (
     "transformers", "transformers.models.llama.modeling_llama", "faiss", "numba", "jsonargparse",
-    "sae_core.feature_shards", "sae_apps.selection", "sae_apps.selection.index_loops", "sae_apps.selection.cascade",
+    "sae_core.feature_shards", "sae_apps.selection", "sae_apps.selection.index_loops",
+    "sae_apps.selection.cascade",
     "sae_apps.geospatial.report", "sae_apps.geospatial.local", "sae_apps.report",
     "sae_apps.suppression.separability_table", "scipy.stats", "geopandas", "gguf",
     "sae_apps.geospatial.maps", "sae_apps.geospatial.outlines", "pyarrow.parquet", "pyarrow.csv",
