@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faults_process import contents, finish, is_clear, kill, left_over, start
+from benchmarks.faults_process import beside, contents, finish, is_clear, kill, left_over, start
 from benchmarks.faults_setup import Command, clean
 
 LOG = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def wait_for_file(root: Path, one: Command, limit: float) -> None:
     deadline = time.monotonic() + limit
     tops = [root / state for state in one.states]
     while time.monotonic() < deadline:
-        if any(top.exists() or any(top.parent.glob(f".{top.name}.*")) for top in tops):
+        if any(top.exists() or beside(top) for top in tops):
             return
         time.sleep(0.0005)
 

@@ -21,14 +21,15 @@ CRASHED = 70  # exit code of a child that an exception ended
 PREFIX = "sae-apps: error: "
 MODULES = (
     "transformers", "transformers.models.llama.modeling_llama", "faiss", "numba", "jsonargparse",
-    "sae_apps.selection", "sae_apps.selection.index_loops", "sae_apps.selection.cascade",
+    "sae_core.feature_shards", "sae_apps.selection", "sae_apps.selection.index_loops",
+    "sae_apps.selection.cascade",
     "sae_apps.geospatial.report", "sae_apps.geospatial.local", "sae_apps.report",
     "sae_apps.suppression.separability_table", "scipy.stats", "geopandas", "gguf",
     "sae_apps.geospatial.maps", "sae_apps.geospatial.outlines", "pyarrow.parquet", "pyarrow.csv",
     *(f"sae_apps.tasks.{name}" for name in (
-        "main", "train", "featurize", "stored", "select_run", "geo_run", "geo_page", "geo_text",
-        "separability_run", "suppress_run", "suppress_page", "align_run", "evaluation", "estimate",
-        "identify", "inspect",
+        "main", "train", "featurize", "featurize_run", "stored", "select_run", "geo_run",
+        "geo_page", "geo_text", "separability_run", "suppress_run", "suppress_page", "align_run",
+        "evaluation", "estimate", "identify", "inspect",
     )),
 )  # fmt: skip
 LEFT = re.compile(r"\.(tmp-|old-|.*\.tmp)|^\.shard-.*tmp")
@@ -125,14 +126,20 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def beside(top: Path) -> list[Path]:
+    """Unfinished work that stands next to what it will become."""
+    shards = top.with_name(f"{top.name}.partial")
+    return [*top.parent.glob(f".{top.name}.*"), *([shards] if shards.exists() else [])]
+
+
 def left_over(root: Path, states: Iterable[str]) -> list[str]:
     """Unfinished work that nobody owns any more, below or beside the states."""
     found: list[str] = []
     for state in states:
         top = root / state
-        beside = [p for p in top.parent.glob(f".{top.name}.*") if LEFT.search(p.name)]
+        near = [p for p in beside(top) if LEFT.search(p.name) or not p.name.startswith(".")]
         below = [p for p in top.rglob(".*") if LEFT.search(p.name)] if top.is_dir() else []
-        found += [p.relative_to(root).as_posix() for p in (*beside, *below)]
+        found += [p.relative_to(root).as_posix() for p in (*near, *below)]
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import ROOT
-from benchmarks.faults_process import command, finish, start
+from benchmarks.faults_process import beside, command, finish, start
 
 DATA = ROOT.parent / "shared" / "data"
 WORDS = (("Lily", "Tom", "Sam", "Ben"), ("cat", "dog", "bird", "fish"))
@@ -159,5 +159,5 @@ def clean(root: Path, states: tuple[str, ...]) -> None:
     """Remove everything that a command wrote, unfinished work beside it too."""
     for state in states:
         top = root / state
-        for path in (top, *top.parent.glob(f".{top.name}.*")):
+        for path in (top, *beside(top)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

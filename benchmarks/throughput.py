@@ -1,13 +1,16 @@
 """Speed: harvesting beside a bare forward pass, training beside the bare encoder product.
 
-    python -m benchmarks.throughput [--size full]
+    python -m benchmarks.throughput [--size full] [--part memory | featurize]
 
 1. Harvest: tokens/s of `stream_activations` and of the same batches through the model cut off
    behind the hooked layer, with nothing else done; both interleaved in one run. Goal: at most 5%
    more time.
 2. Memory: peak resident size of a process that harvests a text, and of one that harvests ten
    times as much. Goal: no growth beyond noise (10%).
-3. Training: tokens/s and seconds a step for every kind of SAE, as a multiple of the encoder
+3. To disk: tokens/s of a harvest that writes its shards and of featurising (encode with a GBA SAE
+   of 4,608 latents whose L0 is 32, pool, write), of whole rows, beside the bare pass of the same
+   batches; all in turns. Goal: at least 0.9 of its tokens/s.
+4. Training: tokens/s and seconds a step for every kind of SAE, as a multiple of the encoder
    product alone (pre = u W_enc) in the same type, interleaved.
 """
 
@@ -16,8 +19,12 @@ import json
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,12 +32,15 @@ import torch
 from benchmarks.common import RESULTS, Goal, write_result
 from sae_apps.tasks.evaluation import peak_memory
 from sae_core.activations import HarvestConfig, stream_activations
+from sae_core.feature_shards import FeaturePlan, featurize_to
 from sae_core.models import LanguageModel, load_model
 from sae_core.sae import SAE, SAEConfig
+from sae_core.shards import harvest_shards
 from sae_core.start import data_thresholds, start
 from sae_core.state import TrainConfig
 from sae_core.step import bias_step, count_firing, gradient_step
-from sae_core.tokens import TokenBatch, token_windows
+from sae_core.text import TextSource
+from sae_core.tokens import TokenBatch, count_tokens, token_windows
 
 HOOK, LAYERS = "layers.15.out", 16
 SIZES = {"reduced": (20_000, 3, 5), "full": (60_000, 5, 20)}  # tokens, rounds, steps a round
@@ -38,10 +48,12 @@ KINDS = ("gba", "topk", "batch_topk", "jumprelu", "relu")
 
 
 def main() -> None:
-    """Run the three parts and write results/throughput.json."""
+    """Run the parts and write results/throughput.json."""
     parser = argparse.ArgumentParser(description="Speed of harvest and training.")
     parser.add_argument("--size", choices=SIZES, default="reduced")
-    parser.add_argument("--part", choices=("memory",), help="this part, into the last result")
+    parser.add_argument(
+        "--part", choices=("memory", "featurize"), help="this part, into the last result"
+    )
     parser.add_argument("--harvest-only", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.harvest_only:
@@ -49,17 +61,23 @@ def main() -> None:
         return
     started = time.time()
     tokens, rounds, steps = SIZES[args.size]
-    memory, goal = memory_rows(tokens // 4)
-    if args.part == "memory":
+    if args.part:
+        parts = {
+            "memory": lambda: memory_rows(tokens // 4),
+            "featurize": lambda: disk_rows(tokens // 2, rounds),
+        }
+        rows, goals = parts[args.part]()
+        names = {goal.name for goal in goals}
         kept = json.loads((RESULTS / "throughput.json").read_text())["goals"]
-        others = [Goal(**one) for one in kept if one["name"] != goal.name]
-        write_result("throughput", memory, lambda _: [*others, goal], started, merge=True)
+        others = [Goal(**one) for one in kept if one["name"] not in names]
+        write_result("throughput", rows, lambda _: [*others, *goals], started, merge=True)
         return
     rows, goals = harvest_rows(tokens, rounds)
-    rows += memory
+    for more, further in (memory_rows(tokens // 4), disk_rows(tokens // 2, rounds)):
+        rows, goals = rows + more, goals + further
     for d_sae in (4608, 18432) if args.size == "full" else (4608,):
         rows += training_rows(d_sae, rounds, steps)
-    write_result("throughput", rows, lambda _: [*goals, goal], started)
+    write_result("throughput", rows, lambda _: goals, started)
 
 
 def _rows() -> Any:
@@ -127,7 +145,7 @@ def _peak_after_harvest(tokens: int) -> int:
     return peak_memory() // 2**20
 
 
-def memory_rows(tokens: int) -> tuple[list[dict[str, Any]], Goal]:
+def memory_rows(tokens: int) -> tuple[list[dict[str, Any]], list[Goal]]:
     """Peak resident MiB of fresh processes that harvest `tokens` and ten times as many."""
     peaks = []
     for n in (tokens, 10 * tokens):
@@ -139,7 +157,76 @@ def memory_rows(tokens: int) -> tuple[list[dict[str, Any]], Goal]:
         for n, peak in zip((tokens, 10 * tokens), peaks, strict=True)
     ]
     growth = peaks[1] / peaks[0] - 1
-    return rows, Goal("memory growth with 10x the text", growth, "<= 0.1", growth <= 0.1)
+    return rows, [Goal("memory growth with 10x the text", growth, "<= 0.1", growth <= 0.1)]
+
+
+def disk_rows(tokens: int, rounds: int) -> tuple[list[dict[str, Any]], list[Goal]]:
+    """Tokens/s of whole rows through the bare pass, harvested to disk, and featurised to disk."""
+    rows, goals = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        lm = load_model("smollm2-135m", dtype=dtype)
+        name, config = str(dtype).removeprefix("torch."), HarvestConfig()
+        source, n = _whole_rows(lm, tokens, config)
+        batches = [b for w in token_windows(lm.tokenizer, source, config) for b in w.batches]
+        ways: dict[str, Callable[[Path], object]] = {
+            "bare forward, whole rows": partial(_bare_pass, lm, batches),
+            "harvest to disk": partial(_harvest_to_disk, lm, source, name),
+        }
+        sae = _encoder(lm)
+        for pooling in ("max", "none"):
+            ways[f"featurise to disk, pooling {pooling}"] = partial(
+                _featurise_to_disk, lm, sae, source, pooling
+            )
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for _ in range(rounds):
+            for what, work in ways.items():
+                with TemporaryDirectory() as folder:
+                    seconds[what].append(_timed(partial(work, Path(folder) / "out")))
+        bare = seconds["bare forward, whole rows"]
+        for what, times in seconds.items():
+            # of each round by itself, so that a slow minute of the machine hits both
+            share = median(floor / ours for floor, ours in zip(bare, times, strict=True))
+            rows.append(_row(f"{what} {name}", n / median(times), median(times), 1 / share))
+            if not what.startswith("bare"):
+                goals.append(Goal(f"{what} {name}, of bare", share, ">= 0.9", share >= 0.9))
+    return rows, goals
+
+
+def _whole_rows(lm: LanguageModel, tokens: int, config: HarvestConfig) -> tuple[TextSource, int]:
+    """The first rows that hold so many tokens, and the number that they hold."""
+    chosen, n = [], 0
+    for row in _rows():
+        chosen.append(row)
+        n += count_tokens(lm.tokenizer, [row], config)
+        if n >= tokens:
+            break
+    return TextSource(f"demo[first {len(chosen)} rows]", partial(iter, chosen)), n
+
+
+def _encoder(lm: LanguageModel) -> SAE:
+    """Random directions whose biases let 32 of 4,608 latents fire on a token of the text."""
+    sae = SAE(SAEConfig(lm.d_model, 4608, k=32), generator=torch.Generator().manual_seed(0))
+    found = list(stream_activations(lm, _rows(), [HOOK], HarvestConfig(max_tokens=4096)))
+    u, _ = sae.normalise(torch.cat([batch[HOOK].x for batch in found]).float())
+    freq = torch.full((4608,), 32 / 4608, dtype=torch.float64)
+    sae.b_dec.data.copy_(u.mean(0))
+    sae.b_enc.data.copy_(-data_thresholds(sae, u, freq))
+    return sae.eval()
+
+
+def _bare_pass(lm: LanguageModel, batches: list[TokenBatch], _out: Path) -> None:
+    _bare(lm, batches)
+
+
+def _harvest_to_disk(lm: LanguageModel, source: TextSource, dtype: str, out: Path) -> None:
+    config = HarvestConfig()
+    harvest_shards(lm, source, [HOOK], out, config, dtype=dtype, shard_tokens=8192)
+
+
+def _featurise_to_disk(
+    lm: LanguageModel, sae: SAE, source: TextSource, pooling: str, out: Path
+) -> None:
+    featurize_to(out, lm, sae, source, FeaturePlan(HOOK, source.id, pooling))
 
 
 def training_rows(d_sae: int, rounds: int, steps: int) -> list[dict[str, Any]]:

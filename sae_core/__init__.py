@@ -34,6 +34,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from sae_core.errors import CorruptFileError as CorruptFileError
     from sae_core.errors import MissingExtraError as MissingExtraError
     from sae_core.errors import UserError as UserError
+    from sae_core.feature_shards import FeaturePlan as FeaturePlan
+    from sae_core.feature_shards import featurize_to as featurize_to
+    from sae_core.feature_workers import FeaturizerSpec as FeaturizerSpec
+    from sae_core.feature_workers import featurize_ray as featurize_ray
     from sae_core.features import SparseFeatures as SparseFeatures
     from sae_core.featurize import featurize as featurize
     from sae_core.gba import GBAConfig as GBAConfig
@@ -104,6 +108,10 @@ HOME = {
     "CorruptFileError": "errors",
     "MissingExtraError": "errors",
     "UserError": "errors",
+    "FeaturePlan": "feature_shards",
+    "featurize_to": "feature_shards",
+    "FeaturizerSpec": "feature_workers",
+    "featurize_ray": "feature_workers",
     "SparseFeatures": "features",
     "featurize": "featurize",
     "GBAConfig": "gba",

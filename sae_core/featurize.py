@@ -1,7 +1,7 @@
 """From texts to SparseFeatures: harvest activations, encode them, pool them to rows."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -112,6 +112,16 @@ def featurize(
             unknown pooling, or max_tokens.
     """
     config = config or HarvestConfig()
+    check_whole_rows(pooling, config)
+    table = RowTable()
+    found = encode_rows(lm, sae, table.record(rows), hook_point, pooling, config, progress)
+    return features_of(found, table, origin(lm, sae, hook_point, data_id, seed))
+
+
+def check_whole_rows(pooling: str, config: HarvestConfig) -> None:
+    """Raises:
+    UserError: an unknown pooling, or max_tokens, which would cut a row in two.
+    """
     if pooling not in POOLINGS_AND_NONE:
         raise UserError(f"Expected a pooling of {POOLINGS_AND_NONE}, got {pooling!r}.")
     if config.max_tokens is not None:
@@ -119,7 +129,13 @@ def featurize(
             f"Features need whole rows: expected max_tokens None, got {config.max_tokens}; "
             "limit the number of rows instead."
         )
-    provenance = Provenance(
+
+
+def origin(
+    lm: "LanguageModel", sae: SparseEncoder, hook_point: str, data_id: str, seed: int
+) -> Provenance:
+    """Where the features of a text come from."""
+    return Provenance(
         model_id=lm.model_id,
         model_revision=lm.revision,
         hook_point=hook_point,
@@ -128,17 +144,67 @@ def featurize(
         seed=str(seed),
         versions=package_versions("sae-apps", "torch", "transformers"),
     )
-    table = RowTable()
-    tokens = _encoded(lm, sae, table.record(rows), hook_point, config, progress)
+
+
+class EncodedRows(NamedTuple):
+    """Codes of rows, or of their tokens, with what says whose they are."""
+
+    acts: sparse.csr_array
+    """[n, d_sae] float32; n rows, or n kept tokens."""
+    columns: dict[str, np.ndarray]
+    """Pooled: n_tokens [n] int32, the rows in their order. Tokens: source_row_id [n] int64 and
+    position [n] int32, sorted by the row's place and the position."""
+
+
+def encode_rows(
+    lm: "LanguageModel",
+    sae: SparseEncoder,
+    rows: Iterable[TextRow],
+    hook_point: str,
+    pooling: str,
+    config: HarvestConfig,
+    progress: Callable[[int], None] | None = None,
+) -> EncodedRows:
+    """Codes of rows in their order; see ``featurize``. A pooled row without a token is empty.
+
+    Raises:
+        UserError: d_in of the SAE differs from the hook point's, or a row_id twice.
+    """
+    row_id: list[int] = []
+    tokens = _encoded(lm, sae, _noted(rows, row_id), hook_point, config, progress)
     if pooling == "none":
-        return _token_features(tokens, table, sae.d_sae, provenance)
+        return _tokens_in_order(tokens, row_id, sae.d_sae)
     pooler = RowPooler(sae.d_sae, pooling)
     for codes, batch in tokens:
         pooler.update(codes, batch.row_id, batch.position)
+    acts, n_tokens = pooler.compute(np.array(row_id, dtype=np.int64))
+    return EncodedRows(acts, {"n_tokens": n_tokens})
+
+
+def features_of(found: EncodedRows, table: RowTable, provenance: Provenance) -> SparseFeatures:
+    """Encoded rows with their table: that of the rows, or that of the tokens.
+
+    Raises:
+        UserError: no row, or no token where tokens are the rows.
+    """
     if not table.row_id:
         raise UserError("Expected at least one row of text, got none.")
-    acts, n_tokens = pooler.compute(table.ids())
-    return SparseFeatures(acts, table.table(n_tokens), provenance)
+    n = len(next(iter(found.columns.values())))
+    if not n:
+        raise UserError(
+            f"Expected at least one token to keep, got none in {len(table.row_id)} rows."
+        )
+    if "n_tokens" in found.columns:
+        rows = table.table(found.columns["n_tokens"])
+    else:
+        rows = pa.table({"row_id": np.arange(n, dtype=np.int64), **found.columns})
+    return SparseFeatures(found.acts, rows, provenance)
+
+
+def _noted(rows: Iterable[TextRow], row_id: list[int]) -> Iterator[TextRow]:
+    for row in rows:
+        row_id.append(row.row_id)
+        yield row
 
 
 def _encoded(
@@ -159,29 +225,19 @@ def _encoded(
             progress(len(batch))
 
 
-def _token_features(
-    tokens: Iterable[tuple[Codes, Activations]], table: RowTable, d_sae: int, provenance: Provenance
-) -> SparseFeatures:
-    parts, source, position = [], [], []
+def _tokens_in_order(
+    tokens: Iterable[tuple[Codes, Activations]], row_ids: list[int], d_sae: int
+) -> EncodedRows:
+    parts = [sparse.csr_array((0, d_sae), dtype=np.float32)]
+    source, position = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int32)]
     for codes, batch in tokens:
         parts.append(codes.to_scipy())
         source.append(batch.row_id.cpu().numpy())
         position.append(batch.position.cpu().numpy())
-    if not sum(len(ids) for ids in source):
-        raise UserError(
-            f"Expected at least one token to keep, got none in {len(table.row_id)} rows."
-        )
     row_id, place = np.concatenate(source), np.concatenate(position)
-    ids = table.ids()
+    ids = np.array(row_ids, dtype=np.int64)
     by_id = np.argsort(ids, kind="stable")
     order = np.lexsort((place, by_id[np.searchsorted(ids, row_id, sorter=by_id)]))
     acts = sparse.csr_array(sparse.vstack(parts, format="csr"))[order]
     acts.eliminate_zeros()
-    rows = pa.table(
-        {
-            "row_id": np.arange(len(order), dtype=np.int64),
-            "source_row_id": row_id[order],
-            "position": place[order],
-        }
-    )
-    return SparseFeatures(acts, rows, provenance)
+    return EncodedRows(acts, {"source_row_id": row_id[order], "position": place[order]})

@@ -190,6 +190,8 @@ class SAE(nn.Module):
         """`encode_sparse` of tokens that are normalised; a block at a time on the processor."""
         if self.config.kind in ("gba", "relu") and not u.is_cuda:
             x = u - self.b_dec
+            if active.is_exact_quicker(x, self.d_sae):
+                return self.gate(active.exact_codes(x, self.W_enc, self.b_enc))
             return self.gate(active.active_codes(x, self.W_enc, self.b_enc, dtype=u.dtype))
         return self.gate(self.select(self.pre_activations(u)))
 

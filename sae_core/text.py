@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from sae_core.errors import UserError
 from sae_core.records import FORMATS, Record, read_records
 
 MetaValue = str | int | float
+Row = TypeVar("Row")
 RESERVED = ("row_id", "text")
 """Columns that every row table has of its own; a file's column of that name gets a ``_`` behind."""
 _MASK = (1 << 64) - 1
@@ -180,6 +182,13 @@ def rows_from_texts(
         digest.update(f"{len(text)}:{text}".encode())
         rows.append(TextRow(row_id, text, label))
     return TextSource(f"texts@{digest.hexdigest()[:12]}", partial(iter, rows))
+
+
+def windows(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Consecutive rows in lists of ``size``, the last one shorter."""
+    stream = iter(rows)
+    while window := list(islice(stream, size)):
+        yield window
 
 
 def splitmix64(x: Any) -> Any:

@@ -15,7 +15,8 @@ from .demo_data import demo_files
 from .demo_page import write_page
 from .demo_stages import Found, run_stages
 from .evaluation import peak_memory
-from .featurize import FeaturizeOptions, FinishedRun, featurize_run, open_run
+from .featurize import FeaturizeOptions, FinishedRun, open_run
+from .featurize_run import featurize_run
 from .inspect import InspectOptions, describe_latents
 from .parsing import CommandParser, take
 from .progress import duration

@@ -1,6 +1,5 @@
 """``sae-apps featurize``: rows of text to sparse features, with the SAE of a finished run."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,9 +11,8 @@ from sae_core.errors import UserError
 
 from .common import PROG, StopSignal, run_command, token_count
 from .parsing import CommandParser, take
-from .progress import Progress
 from .runs import RunFolder
-from .stored import featurize_stored, stored_rows
+from .stored import stored_rows
 
 if TYPE_CHECKING:
     from sae_core.features import SparseFeatures
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
     from .settings import TextOptions, TrainSettings
 
-LOG = logging.getLogger(__name__)
 EXAMPLE = (
     f"{PROG} featurize --run runs/x --text demo --rows 2000 --pooling max --out runs/x/features"
 )
@@ -48,14 +45,34 @@ class FeaturizeOptions:
     """Another model than the run's, of the same width, e.g. a fine-tuned one."""
     device: str | None = None
     """Where model and SAE run (null: as in training)."""
+    shard_rows: int = 1024
+    """Rows encoded at a time; a kill loses at most so many, the same command continues."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: by the workers of a Ray cluster."""
+    workers: int | None = None
+    """Of the Ray cluster (null: as many as fit)."""
+    address: str | None = None
+    """Of a running Ray cluster, e.g. auto (null: RAY_ADDRESS, else one on this machine)."""
 
     def __post_init__(self) -> None:
+        for name, value in (("--shard-rows", self.shard_rows), ("--workers", self.workers)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")
+        if self.engine == "local" and (self.workers or self.address):
+            raise UserError(
+                "--workers and --address are of the engine ray: expected --engine ray, got "
+                f"{self.engine} with workers {self.workers} and address {self.address}."
+            )
         if self.rows != "all":
             token_count(self.rows, "--rows")
         if self.stored and (self.pooling == "none" or self.rows != "all" or self.model):
             raise UserError(
                 "With stored activations expected a pooling, all rows and the run's model, got "
                 f"pooling {self.pooling}, rows {self.rows} and model {self.model}."
+            )
+        if self.stored and self.engine == "ray":
+            raise UserError(
+                f"Stored activations need no workers: expected --engine local, got {self.engine}."
             )
 
 
@@ -95,6 +112,7 @@ def main(argv: Sequence[str]) -> int:
     def work(_stop: StopSignal) -> tuple[Any, str]:
         from .cached import is_text_cached
         from .estimate import estimate_features, estimate_text
+        from .featurize_run import featurize_run
 
         run = open_run(chosen.run, device=chosen.device)
         source = stored_rows(run) if chosen.stored else limited(text, chosen.rows)
@@ -167,78 +185,6 @@ def limited(text: "TextOptions", rows: int | str) -> "TextSource":
 
 def _first(source: "TextSource", n: int) -> Any:
     return islice(source, n)
-
-
-def featurize_run(
-    run: FinishedRun,
-    source: "TextSource",
-    options: FeaturizeOptions,
-    out: Path,
-    *,
-    is_local: bool = True,
-    accept_terms: bool = False,
-    quiet: bool = False,
-) -> "SparseFeatures":
-    """Features of ``source`` in the folder ``out``; features that are there already are reused.
-
-    Raises:
-        UserError: ``out`` holds something else; the model does not fit the SAE.
-    """
-    from sae_core.featurize import featurize
-    from sae_core.store import load_features, save_features
-    from sae_core.tokens import count_tokens
-
-    from .settings import open_model
-
-    data_id = f"{source.id}[pooling {options.pooling}]"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        found = load_features(out)
-        check_same(found, run, data_id, options, out)
-        LOG.info("%s holds these features already: nothing to do.", out)
-        return found
-    if options.stored:
-        features = featurize_stored(run, source, options.pooling, data_id, quiet=quiet)
-        save_features(out, features)
-        return features
-    model = replace(run.settings.model, name=options.model or run.settings.model.name)
-    lm = open_model(model, accept_terms=accept_terms)
-    n_tokens = None
-    if is_local:  # a stream from the network is not read twice for the sake of a display
-        n_tokens = count_tokens(lm.tokenizer, source, run.settings.harvest)
-    with Progress("featurize", n_tokens, "tokens", enabled=not quiet) as shown:
-        features = featurize(
-            lm,
-            run.sae,
-            source,
-            run.hook_point,
-            pooling=options.pooling,
-            config=run.settings.harvest,
-            data_id=data_id,
-            seed=run.settings.run.seed,
-            progress=shown.update,
-        )
-    save_features(out, features)
-    return features
-
-
-def check_same(
-    found: "SparseFeatures", run: FinishedRun, data_id: str, options: FeaturizeOptions, out: Path
-) -> None:
-    """Raises:
-    UserError: the features come from another SAE, text, pooling or model.
-    """
-    origin = found.provenance
-    expected = {
-        "sae_hash": run.sae.hash(),
-        "data_id": data_id,
-        "model_id": options.model or run.settings.model.name,
-    }
-    for name, value in expected.items():
-        if getattr(origin, name) != value:
-            raise UserError(
-                f"{out} already holds other features: {name} is {getattr(origin, name)!r} there "
-                f"and {value!r} here; choose another --out."
-            )
 
 
 def summarise(features: "SparseFeatures", out: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ HOMES = {
     "plotly": ("sae_apps/geospatial/maps.py", "sae_apps/report/*"),
     "jinja2": ("sae_apps/report/*",),
     "jsonargparse": ("tasks/*",),
+    "ray": ("sae_core/workers.py",),
 }
 # What sae_core may import outside functions, beside the standard library and itself.
 CORE_TOP_LEVEL = {"torch", "numpy", "scipy", "pyarrow", "safetensors", "jaxtyping"}
@@ -332,6 +333,7 @@ def test_third_party_packages_stay_in_their_files():
         ("sae_apps/selection/x.py", "faiss = require('libpysal', 'geo')"),
         ("sae_apps/geospatial/moran.py", "import matplotlib.pyplot as plt"),
         ("sae_apps/x.py", "from jsonargparse import ArgumentParser"),
+        ("sae_apps/selection/cluster.py", "def f():\n    require('ray.data', 'ray')"),
     ],
 )
 def test_a_third_party_package_outside_its_files_is_found(path: str, source: str):

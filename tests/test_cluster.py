@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from sae_apps.selection import cluster
-from sae_apps.selection.cluster import MAX_TRIES, EncoderSpec, write_pool_ray
+from sae_apps.selection.cluster import EncoderSpec, _write, write_pool_ray
 from sae_apps.selection.embed import EmbedConfig
 from sae_apps.selection.instructions import open_instructions
 from sae_apps.selection.pool import open_pool, write_pool
 from sae_apps.tasks.main import main
+from sae_core import workers
 from sae_core.errors import MissingExtraError, UserError
+from sae_core.workers import MAX_TRIES, ShardJob
 
 SHARD_ROWS, N_ROWS = 8, 44  # six shards, the last one of four rows
 ARRAYS = ("features.safetensors", "rows.parquet")
@@ -50,16 +51,17 @@ def arrays(folder: Path) -> list[bytes]:
     return [(shard / name).read_bytes() for shard in shards for name in ARRAYS]
 
 
-def job_of(made: Path, folder: Path, **changes: object) -> cluster._Job:
+def job_of(made: Path, folder: Path, run: str | Path | None = None) -> workers._Told:
     tries = folder.with_name("tries")
-    tries.mkdir()
-    spec = EncoderSpec(str(made / "run"), config=EmbedConfig(max_len=64))
+    tries.mkdir(exist_ok=True)
+    spec = EncoderSpec(str(run or made / "run"), config=EmbedConfig(max_len=64))
     source = open_instructions(made / "pool.jsonl")
-    job = cluster._Job(spec, source, folder, SHARD_ROWS, torch.get_num_threads(), tries)
-    return replace(job, **changes)
+    write = partial(_write, folder, source.id)
+    threads = torch.get_num_threads()
+    return workers._Told(ShardJob(spec.load, write, source, SHARD_ROWS, folder, threads), tries)
 
 
-def call(worker: cluster._ShardWriter, number: int) -> tuple[int, str]:
+def call(worker: workers._ShardWriter, number: int) -> tuple[int, str]:
     found = worker({"item": np.array([number])})
     return int(found["n_rows"][0]), str(found["error"][0])
 
@@ -68,36 +70,36 @@ def call(worker: cluster._ShardWriter, number: int) -> tuple[int, str]:
 
 
 def test_a_worker_makes_shards_in_any_order(made: Path, tmp_path: Path) -> None:
-    job = job_of(made, tmp_path / "pool")
-    encoder = job.spec.load()
+    told = job_of(made, tmp_path / "pool")
+    job = told.job
+    encoder = job.load()
     write_pool(encoder, job.source, job.folder, shard_rows=SHARD_ROWS, only=())
-    worker = cluster._ShardWriter(job)
+    worker = workers._ShardWriter(told)
     asked = [1, 2, 5, 0, 4, 3, 3]  # forwards, back, and one that is there already
     sizes = [8, 8, 4, 8, 8, 8, 8]
     assert [call(worker, number) for number in asked] == [(n, "") for n in sizes]
-    assert list(job.tries.iterdir()) == []
+    assert list(told.tries.iterdir()) == []
     write_pool(encoder, job.source, job.folder, shard_rows=SHARD_ROWS)
     assert arrays(job.folder) == arrays(made / "local")
 
 
 def test_a_worker_hands_errors_on_in_one_sentence(made: Path, tmp_path: Path) -> None:
-    job = job_of(made, tmp_path / "pool", spec=EncoderSpec("./nowhere"))
-    n_rows, error = call(cluster._ShardWriter(job), 0)
+    lost = job_of(made, tmp_path / "pool", run="./nowhere")
+    n_rows, error = call(workers._ShardWriter(lost), 0)
     assert n_rows == 0 and error.startswith("Expected a finished run") and "nowhere" in error
-    (job.folder).write_text("a file where a folder should be")
-    spec = EncoderSpec(str(made / "run"), config=EmbedConfig(max_len=64))
-    n_rows, error = call(cluster._ShardWriter(replace(job, spec=spec)), 2)
+    (tmp_path / "pool").write_text("a file where a folder should be")
+    n_rows, error = call(workers._ShardWriter(job_of(made, tmp_path / "pool")), 2)
     assert n_rows == 0 and "\n" not in error
     assert "failed on shard 2 with FileExistsError: " in error and "continues" in error
 
 
 def test_a_shard_on_which_workers_die_is_given_up(made: Path, tmp_path: Path) -> None:
-    job = job_of(made, tmp_path / "pool")
+    told = job_of(made, tmp_path / "pool")
     for number in range(MAX_TRIES):
-        (job.tries / f"4.{number}").touch()
-    _, error = call(cluster._ShardWriter(job), 4)
+        (told.tries / f"4.{number}").touch()
+    _, error = call(workers._ShardWriter(told), 4)
     assert f"got {MAX_TRIES} that died" in error and "shard 4" in error
-    assert not job.folder.exists()
+    assert not told.job.folder.exists()
 
 
 def test_room_of_a_cluster() -> None:
@@ -106,16 +108,16 @@ def test_room_of_a_cluster() -> None:
         def cluster_resources() -> dict[str, float]:
             return {"CPU": 8.0, "GPU": 2.0}
 
-    assert cluster._room(Ray, None, 1, 100, False) == 8
-    assert cluster._room(Ray, None, 3, 100, False) == 2
-    assert cluster._room(Ray, 5, 1, 3, False) == 3  # no more than there are shards
-    assert cluster._room(Ray, None, 1, 100, True) == 2
+    assert workers._room(Ray, None, 1, 100, False) == 8
+    assert workers._room(Ray, None, 3, 100, False) == 2
+    assert workers._room(Ray, 5, 1, 3, False) == 3  # no more than there are shards
+    assert workers._room(Ray, None, 1, 100, True) == 2
     with pytest.raises(UserError, match="room for 3 workers of 3 threads each.* 8 processors"):
-        cluster._room(Ray, 3, 3, 100, False)
+        workers._room(Ray, 3, 3, 100, False)
     with pytest.raises(UserError, match="room for 3 workers .*a GPU each.* 2 GPUs"):
-        cluster._room(Ray, 3, 1, 100, True)
+        workers._room(Ray, 3, 1, 100, True)
     with pytest.raises(UserError, match="at least 1 worker, got 0"):
-        cluster._room(Ray, 0, 1, 100, False)
+        workers._room(Ray, 0, 1, 100, False)
 
 
 def test_without_ray_the_extra_is_named(
@@ -133,10 +135,10 @@ def test_without_ray_the_extra_is_named(
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback, see cluster._import
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback, see workers.import_ray
 import ray
 import torch
-from sae_apps.selection import cluster
+from sae_core import workers
 from sae_apps.selection.cluster import EncoderSpec, write_pool_ray
 from sae_apps.selection.embed import EmbedConfig
 from sae_apps.selection.instructions import InstructionSource, RowReader, open_instructions
@@ -175,7 +177,7 @@ found["workers"] = len(list(out.glob("pid-*")))
 
 # The command: stopped after its first finished shard, and again. The last shard waits for that,
 # so that however fast the workers are, something is left to do.
-class Held(cluster._ShardWriter):
+class Held(workers._ShardWriter):
     def __call__(self, batch):
         until = time.monotonic() + 60
         while int(batch["item"][0]) == 5 and not (out / "go").exists():
@@ -184,7 +186,7 @@ class Held(cluster._ShardWriter):
             time.sleep(0.01)
         return super().__call__(batch)
 
-cluster._ShardWriter = Held
+workers._ShardWriter = Held
 argv = ["select", "--pool", str(made / "pool.jsonl"), "--target", str(made / "target.jsonl")]
 argv += ["--run", str(made / "run"), "--budget", "25%", "--max-len", "64", "--shard-rows", "8"]
 argv += ["--features", str(out / "stopped"), "--engine", "ray", "--out", str(out / "picks.jsonl")]
@@ -271,12 +273,12 @@ def test_the_cluster_is_ended_and_the_handler_of_sigterm_kept() -> None:
     calls: list[str] = []
     context = SimpleNamespace(enable_progress_bars=True)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ZeroDivisionError), cluster._cluster(Ray, None):
+    with pytest.raises(ZeroDivisionError), workers._cluster(Ray, None):
         assert signal.getsignal(signal.SIGTERM) is before and not context.enable_progress_bars
         raise ZeroDivisionError
     assert calls == ["init", "shutdown"] and context.enable_progress_bars
     Ray.is_initialized = staticmethod(lambda: True)  # of the caller: left as it is
-    with cluster._cluster(Ray, None):
+    with workers._cluster(Ray, None):
         pass
     assert calls == ["init", "shutdown"]
 
@@ -288,4 +290,4 @@ def test_a_cluster_that_is_not_there() -> None:
             raise ConnectionError("Could not find any running Ray instance.\nmore")
 
     with pytest.raises(UserError, match="cluster at auto, got ConnectionError: Could not find any"):
-        cluster._connect(Absent, "auto")
+        workers._connect(Absent, "auto")

@@ -9,7 +9,6 @@ shares them, so they raise every similarity and tell no two rows apart.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +26,7 @@ from sae_core.metrics import check_width, evaluate, evaluating
 from sae_core.pooling import RowPooler
 from sae_core.provenance import Provenance, package_versions
 from sae_core.sae import SAE
+from sae_core.text import windows
 from sae_core.tokenised import TokenisedRow, stream_kept
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "load_encoder",
     "measure_fvu",
     "stream_codes",
-    "windows",
 ]
 
 
@@ -125,13 +124,6 @@ def check_fit(encoder: Encoder, rows: Iterable[InstructionRow]) -> float | None:
             f"FVU below 1 on the pool's text, got {fvu:.3f}: it reconstructs worse than the mean."
         )
     return fvu
-
-
-def windows(rows: Iterable[InstructionRow], size: int) -> Iterator[list[InstructionRow]]:
-    """Consecutive rows in lists of ``size``, the last one shorter."""
-    stream = iter(rows)
-    while window := list(islice(stream, size)):
-        yield window
 
 
 def stream_codes(encoder: Encoder, tokens: list[Tokens]) -> Iterator[tuple[Codes, Activations]]:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sae_apps.selection.embed import Encoder, check_fit, encode, windows
+from sae_apps.selection.embed import Encoder, check_fit, encode
 from sae_apps.selection.instructions import InstructionRow, InstructionSource
 from sae_core.disk import atomic_write_text
 from sae_core.errors import CorruptFileError, UserError
@@ -27,6 +27,7 @@ from sae_core.features import SparseFeatures
 from sae_core.provenance import Provenance
 from sae_core.sealed import sealed, unsealed
 from sae_core.store import load_features, recover_folder, save_features
+from sae_core.text import windows
 from sae_core.untrusted import read_object, read_table, reading
 
 MANIFEST, FINISHED = "pool.json", "finished.json"

@@ -5,10 +5,11 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import torch
 
-from sae_apps.selection.embed import Encoder, stream_codes, windows
+from sae_apps.selection.embed import Encoder, stream_codes
 from sae_apps.selection.instructions import InstructionRow
 from sae_apps.selection.spans import tokenise
 from sae_core.errors import UserError
+from sae_core.text import windows
 
 
 def top_tokens(
