@@ -19,8 +19,8 @@ EXAMPLE = (
     f"{PROG} sweep --model smollm2-135m --text demo --hooks layers.6.out layers.15.out --tokens 1M "
     "--kinds gba topk --widths 2304 4608 --seeds 0 1 --out runs/sweep"
 )
-# what the lists take the place of, --activations, which each run has from the sweep, and the latents
-# of several processes, which share the command train alone
+# what the lists take the place of, --activations, which each run has from the sweep, and the parts
+# for several processes, which share the command train alone
 REPLACED = ("hook", "seed", "activations", "latent_parts", "sae.kind", "sae.d_sae")
 
 
