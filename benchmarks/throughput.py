@@ -33,9 +33,9 @@ from benchmarks.common import RESULTS, Goal, write_result
 from sae_apps.tasks.evaluation import peak_memory
 from sae_core.activations import HarvestConfig, stream_activations
 from sae_core.feature_shards import FeaturePlan, featurize_to
+from sae_core.harvest import harvest_shards
 from sae_core.models import LanguageModel, load_model
 from sae_core.sae import SAE, SAEConfig
-from sae_core.shards import harvest_shards
 from sae_core.start import data_thresholds, start
 from sae_core.state import TrainConfig
 from sae_core.step import bias_step, count_firing, gradient_step
