@@ -39,7 +39,7 @@ from benchmarks.common import ROOT, Goal, write_result
 from sae_apps.tasks.evaluation import peak_memory
 
 N_DIRECTIONS, D_IN, ACTIVE, N_BATCHES, BATCH = 2048, 576, 32, 64, 2048
-WARM, TIMED, EVERY = 20, 30, 10  # steps before the clock, on it, and of a record
+WARM, TIMED, EVERY = 10, 20, 10  # steps before the clock, on it, and of a record
 SHAPES = {  # name: processes, latent parts, threads
     "1 process": (1, 1, 1),
     "1 process, 2 threads": (1, 1, 2),

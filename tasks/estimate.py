@@ -222,7 +222,7 @@ def sae_bytes(settings: "TrainSettings", d_in: int) -> int:
 
 def memory_bytes(settings: "TrainSettings", lm: "LanguageModel", d_in: int) -> dict[str, int]:
     """Of the first process: model, its share of the SAE with its optimiser, one batch's dense
-    arrays, and the rest of the process; the others do without the model and the whole SAE."""
+    arrays, and the rest of the process; where latents are split, the whole SAE as it is saved."""
     import torch
 
     from sae_core.kernels.active import block_rows
@@ -258,8 +258,9 @@ def seconds(
     match = re.search(r"\blayers\.(\d+)\.(.+)", report["hook_point"])
     passed = int(match[1]) + (match[2] != "in") if match else 0
     depth = lm.n_layers / max(1, passed) if lm and match else 1.0
+    harvested = 0 if settings.run.activations else report["stored_tokens"] + n_eval
     parts: dict[str, float] = {
-        "harvest": 0.0 if settings.run.activations else (report["stored_tokens"] + n_eval) / rate,
+        "harvest": harvested / rate / n_processes(),
         "train": report["steps"] * report["step_seconds"],
         "evaluate": token_count(settings.run.loss_tokens) * (4 * depth + 1) / rate
         + n_eval / settings.train.batch_size * report["step_seconds"],
@@ -281,7 +282,7 @@ def estimate_text(report: dict[str, Any]) -> str:
             lines.append(f"{label:<7} {_parts(report[name], size)}")
     if (n := report.get("processes", 1)) > 1:
         parts = report["memory_bytes"]
-        other = parts["total"] - parts["model"] - parts.get("whole_sae", 0)
+        other = parts["total"] - parts.get("whole_sae", 0)
         lines[-1] += f" in the first of {n} processes, {size(other)} in each other"
     if "seconds" in report:
         lines.append(f"time    {_parts(report['seconds'], duration)}")
