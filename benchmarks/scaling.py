@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --paper
 
 Measured: kind gba (int8), batches of 2,048 and 8,192 tokens of width 576 (sums of 32 of 2,048
-directions, 64 different batches of 2,048 in turns), processes that torchrun starts, one thread
+directions, 16 batches of 2,048, shuffled), processes that torchrun starts, one thread
 each; steps of a whole training with everything in it, timed by the first process between records
 after WARM steps, in turns over rounds; peak memory of the largest process. `tokens` splits each
 batch, `latents` the SAE. Beside them one process with two threads. FVU of the last record shows
@@ -38,7 +38,7 @@ from torch import Tensor
 from benchmarks.common import ROOT, Goal, write_result
 from sae_apps.tasks.evaluation import peak_memory
 
-N_DIRECTIONS, D_IN, ACTIVE, N_BATCHES, BATCH = 2048, 576, 32, 64, 2048
+N_DIRECTIONS, D_IN, ACTIVE, N_BATCHES, BATCH = 2048, 576, 32, 16, 2048
 WARM, TIMED, EVERY = 10, 20, 10  # steps before the clock, on it, and of a record
 SHAPES = {  # name: processes, latent parts, threads
     "1 process": (1, 1, 1),

@@ -85,7 +85,9 @@ def _process(rank: int, world: int, port: int, folder: str) -> None:
                 found[latent_parts, name] = trained(name, layout)
             found[latent_parts, "kth"] = _kth(layout, rank)
     if world == 2:
-        found["stopped"] = _stopped(world_layout(2), Path(folder))
+        _stop(world_layout(2), Path(folder))
+        for parts in (1, 2):
+            found[parts, "resumed"] = _resumed(world_layout(parts), Path(folder))
         found["refused"] = _refused(rank)
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.barrier()
@@ -107,7 +109,7 @@ def _kth(layout: Layout, rank: int) -> list[float]:
     return [float(layout.kth_largest(_values(rank), k)) for k in (1, 7, 400, 9000)]
 
 
-def _stopped(layout: Layout, folder: Path) -> None:
+def _stop(layout: Layout, folder: Path) -> None:
     """Half of a training, saved by the first process as one whole."""
     sae, state = shard_of(new("gba"), TrainState(), CONFIG, layout)
     for record in train(sae, batches(planted(), 128, seed=0), CONFIG, state):
@@ -115,6 +117,18 @@ def _stopped(layout: Layout, folder: Path) -> None:
             break
     if (whole := whole_of(sae, state, CONFIG)) is not None:
         save_checkpoint(folder / "checkpoints", *whole, CONFIG)
+    layout.wait()
+
+
+def _resumed(layout: Layout, folder: Path) -> dict[str, torch.Tensor] | None:
+    """The other half, from the checkpoint; tensors of the whole on the first process."""
+    loaded = load_checkpoint(folder / "checkpoints", CONFIG)
+    assert loaded is not None
+    sae, state = shard_of(*loaded, CONFIG, layout)
+    part = (layout.part("tokens"), layout.parts("tokens"))
+    list(train(sae, batches(planted(), 128, seed=0, start_step=16, part=part), CONFIG, state))
+    whole = whole_of(sae, state, CONFIG)
+    return None if whole is None else whole[0].tensors()
 
 
 def _refused(rank: int) -> list[str]:
@@ -194,6 +208,13 @@ def test_the_kth_largest_of_all_is_exact(found, world, latent_parts) -> None:
     expected = [float(kth_largest(everything, k)) for k in (1, 7, 400, 9000)]
     for rank in range(world):
         assert found[world, rank][latent_parts, "kth"] == expected
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_processes_go_on_where_two_stopped(found, alone, parts) -> None:
+    for key, tensor in alone["gba"]["tensors"].items():
+        resumed = found[2, 0][parts, "resumed"][key]
+        torch.testing.assert_close(resumed, tensor, rtol=RTOL, atol=ATOL)
 
 
 def test_one_process_goes_on_where_two_stopped(found, alone) -> None:

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sae_apps.tasks.main import main
 from sae_apps.tasks.runs import read_metrics
+from sae_core.shards import ShardedActivations
 
 RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 COMMAND = ["-m", "sae_apps.tasks.main"]
@@ -51,6 +53,16 @@ def launched(arguments: list[str], *options: str) -> subprocess.Popen[str]:
 
 
 def same_run(out: Path, alone: Path) -> None:
+    for part in ("train", "held_out"):
+        ours, theirs = (
+            ShardedActivations.open(run / "activations" / part, "layers.2.out")
+            for run in (out, alone)
+        )
+        assert len(ours.manifest["shards"]) == len(theirs.manifest["shards"])
+        for one, other in zip(ours.iter_sequential(500), theirs.iter_sequential(500), strict=True):
+            assert torch.equal(one.row_id, other.row_id)
+            assert torch.equal(one.position, other.position)
+            torch.testing.assert_close(one.x, other.x, rtol=1e-4, atol=1e-5)
     found, expected = (json.loads((run / "results.json").read_text()) for run in (out, alone))
     for name in ("fvu", "l0", "steps", "n_tokens", "n_stored_tokens", "n_eval_tokens"):
         assert found[name] == pytest.approx(expected[name], rel=RTOL), name
