@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 # of width 576 a tenth of a step
 BLOCK_ROWS = 512
 # glibc gives larger blocks back to the system, and each page of new ones costs a fault: at 18,432
-# latents of width 576 a sixth of a step
+# latents of width 576 a tenth of a step and more
 KEPT_ABOVE = 32 << 20
 
 
