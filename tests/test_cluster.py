@@ -3,7 +3,6 @@
 import gzip
 import json
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from sae_apps.tasks.main import main
 from sae_core import workers
 from sae_core.errors import MissingExtraError, UserError
 from sae_core.workers import MAX_TRIES, ShardJob
+from tests.ray_script import run_with_ray
 
 SHARD_ROWS, N_ROWS = 8, 44  # six shards, the last one of four rows
 ARRAYS = ("features.safetensors", "rows.parquet")
@@ -211,17 +211,9 @@ print("RESULT " + json.dumps(found))
 
 @pytest.fixture(scope="module")
 def clustered(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
-    """The folder of what the cluster made, what the script found, and its stderr.
-
-    A process of its own, because Ray warns of its own settings and starts threads that outlive it.
-    """
-    pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra 'ray'.")
+    """The folder of what the cluster made, what the script found, and its stderr."""
     out = tmp_path_factory.mktemp("ray")
-    argv = [sys.executable, "-W", "error", "-c", SCRIPT, str(made), str(out)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=280)
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and results, done.stdout + done.stderr
-    return out, json.loads(results[0].removeprefix("RESULT ")), done.stderr
+    return out, *run_with_ray(SCRIPT, made, out)
 
 
 def test_two_workers_one_of_which_dies_write_the_same_bits(

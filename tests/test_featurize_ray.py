@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from sae_core.feature_shards import FeaturePlan
 from sae_core.feature_workers import FeaturizerSpec, featurize_ray
 from sae_core.text import read_text_file
 from tests.command import refusal, train_small
+from tests.ray_script import run_with_ray
 
 SHARD_ROWS, N_ROWS = 8, 44  # six shards, the last one of four rows
 FILES = ("features.safetensors", "rows.parquet", "provenance.json")
@@ -134,17 +134,9 @@ print("RESULT " + json.dumps(found))
 
 @pytest.fixture(scope="module")
 def clustered(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
-    """The folder of what the cluster made, what the script found, and its stderr.
-
-    A process of its own, because Ray warns of its own settings and starts threads that outlive it.
-    """
-    pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra 'ray'.")
+    """The folder of what the cluster made, what the script found, and its stderr."""
     out = tmp_path_factory.mktemp("ray")
-    argv = [sys.executable, "-W", "error", "-c", SCRIPT, str(made), str(out)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=280)
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and results, done.stdout + done.stderr
-    return out, json.loads(results[0].removeprefix("RESULT ")), done.stderr
+    return out, *run_with_ray(SCRIPT, made, out)
 
 
 def test_what_one_engine_began_workers_end_with_the_same_bytes_though_one_dies(
