@@ -133,11 +133,7 @@ def test_without_ray_the_extra_is_named(
 # ---- a cluster ----
 
 SCRIPT = """
-import json, os, signal, sys, time
-from pathlib import Path
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback, see workers.import_ray
-import ray
-import torch
+import signal, time
 from sae_core import workers
 from sae_apps.selection.cluster import EncoderSpec, write_pool_ray
 from sae_apps.selection.embed import EmbedConfig
@@ -146,14 +142,6 @@ from sae_apps.selection.pool import FINISHED
 from sae_apps.tasks.main import main
 from sae_apps.tasks.progress import Progress
 
-made, out = Path(sys.argv[1]), Path(sys.argv[2])
-driver = os.getpid()
-torch.set_num_threads(1)
-ray.init(
-    num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27,
-    logging_level="ERROR",
-)
-found = {"address": ray.nodes()[0]["NodeManagerAddress"]}
 
 # A worker dies in the midst of shard 3, once; the others and its successor do the rest.
 source = open_instructions(made / "pool.jsonl")

@@ -77,25 +77,12 @@ def test_rows_that_can_be_read_once_are_refused(made: Path, tmp_path: Path) -> N
 
 
 SCRIPT = """
-import json, os, sys
-from pathlib import Path
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback, see workers.import_ray
-import ray
-import torch
 import sae_apps.tasks.featurize as task
 from sae_apps.tasks.main import main
 from sae_core.feature_shards import FeaturePlan, featurize_to, partial_folder
 from sae_core.models import load_model
 from sae_core.text import TextSource, read_text_file
 
-made, out = Path(sys.argv[1]), Path(sys.argv[2])
-driver = os.getpid()
-torch.set_num_threads(1)
-ray.init(
-    num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27,
-    logging_level="ERROR",
-)
-found = {"address": ray.nodes()[0]["NodeManagerAddress"]}
 run = task.open_run(str(made / "run"))
 model, source = run.settings.model.name, read_text_file(made / "text.jsonl")
 plan = FeaturePlan(run.hook_point, f"{source.id}[pooling max]", "max", run.settings.harvest, 0, 8)
