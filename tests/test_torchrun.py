@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_apps.tasks import main as command
 from sae_apps.tasks.main import main
 from sae_apps.tasks.runs import read_metrics
 from sae_core.shards import ShardedActivations
@@ -128,6 +129,19 @@ def test_a_dry_run_states_the_memory_of_a_process(flags) -> None:
     assert process.returncode == 0, error
     (line,) = [line for line in told.splitlines() if line.startswith("memory")]
     assert "in the first of 2 processes" in line and line.endswith("in each other")
+
+
+def test_one_process_is_the_first_whatever_its_rank(flags, alone, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "1")  # of a launcher that started something else
+    assert main([*flags, "--out", str(alone), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 20
+
+
+def test_other_commands_run_in_one_process(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "leave", lambda code: code)  # which ends the process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor"]) == 2
+    assert "command train in 2 processes, got doctor" in capsys.readouterr().err
 
 
 def test_one_process_refuses_latent_parts(flags, tmp_path, capsys) -> None:
