@@ -164,7 +164,26 @@ def test_page_runs_without_a_console_message(browser: str, sample: str, tmp_path
     assert page.cards == [(11, False), (5, False), (8, False), (2, False)]
     assert "hidden" not in page.form
     assert "4 of 4 shown" in dom
-    assert 'href="#overview" aria-current="true"' in dom
+    assert re.findall(r'href="#(\w+)" aria-current="true"', dom) == ["overview"]
+
+
+def test_navigation_follows_the_reader(browser: str, sample: str, tmp_path: Path) -> None:
+    """The page moves at once, its scroll event comes with a frame: here it is sent by hand."""
+    script = """
+    const marked = () => $$("#sections a[aria-current]").map((a) => a.hash);
+    const seen = [marked()];
+    const last = page.documentElement.scrollHeight;
+    for (const y of [$("#training").offsetTop, $("#frequencies").offsetTop, last, 0]) {
+      view.scrollTo({ top: y, behavior: "instant" });
+      view.dispatchEvent(new view.Event("scroll"));
+      seen.push(marked());
+    }
+    return seen;
+    """
+    seen, console = probe(browser, sample, script, tmp_path, width=390)
+    assert console == []
+    names = ("overview", "training", "frequencies", "latents", "overview")
+    assert seen == [[f"#{name}"] for name in names]
 
 
 def test_filter_from_the_address(browser: str, sample: str, tmp_path: Path) -> None:

@@ -24,19 +24,22 @@
     });
   }
 
-  // Navigation: mark the section in view.
+  // Navigation: mark the section in view. Not with an IntersectionObserver: it reports with frames
+  // alone, and a page that is printed or captured unseen gets none.
   const links = new Map(all("#sections a").map((a) => [a.hash.slice(1), a]));
-  if (window.IntersectionObserver) {
-    const seen = new Set();
-    const observer = new IntersectionObserver((entries) => {
-      for (const e of entries) e.isIntersecting ? seen.add(e.target.id) : seen.delete(e.target.id);
-      const current = [...links.keys()].find((id) => seen.has(id));
-      for (const [id, a] of links) {
-        if (id === current) a.setAttribute("aria-current", "true");
-        else if (current) a.removeAttribute("aria-current");
-      }
-    }, { rootMargin: "-20% 0px -60% 0px" });
-    for (const section of all("main > section")) observer.observe(section);
+  const sections = all("main > section").filter((section) => links.has(section.id));
+  const markSection = () => {
+    const reached = sections.filter((section) => section.getBoundingClientRect().top < 0.4 * innerHeight);
+    const atEnd = scrollY > 0 && scrollY + innerHeight > document.documentElement.scrollHeight - 2;
+    const current = (atEnd ? sections : reached).at(-1) || sections[0];
+    for (const [id, a] of links) {
+      if (id === current.id) a.setAttribute("aria-current", "true");
+      else a.removeAttribute("aria-current");
+    }
+  };
+  if (sections.length) {
+    for (const event of ["scroll", "resize"]) window.addEventListener(event, markSection, { passive: true });
+    markSection();
   }
 
   // Latents: filter and order. A link may carry both: report.html#q=python&order=rare
