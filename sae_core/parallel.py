@@ -14,6 +14,7 @@ identity as its gradient, and a parameter that all of them read has the sum (Sho
 arXiv 1909.08053, section 3: its g and f).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,6 +97,13 @@ class Layout:
         for group in self._groups(axes):
             dist.all_reduce(x, dist.ReduceOp.MIN, group)
         return x
+
+    @torch.no_grad()
+    def copy_first(self, tensors: Iterable[Tensor], axis: Axis) -> None:
+        """Give the tensors the values of the first process along the axis, in place."""
+        for group in self._groups((axis,)):
+            for tensor in tensors:
+                dist.broadcast(tensor, group=group, group_src=0)
 
     # ---- what the others have ----
 

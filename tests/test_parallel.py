@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from sae_core import demand
 from sae_core.buffer import batches
 from sae_core.checkpoint import load_checkpoint, save_checkpoint
 from sae_core.errors import UserError
@@ -89,6 +90,7 @@ def _process(rank: int, world: int, port: int, folder: str) -> None:
         for parts in (1, 2):
             found[parts, "resumed"] = _resumed(world_layout(parts), Path(folder))
         found["refused"] = _refused(rank)
+        found["own seeds"] = _own_seeds(rank)
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.barrier()
     # A process that leaves early aborts the other, and gloo's threads may abort their own process
@@ -129,6 +131,14 @@ def _resumed(layout: Layout, folder: Path) -> dict[str, torch.Tensor] | None:
     list(train(sae, batches(planted(), 128, seed=0, start_step=16, part=part), CONFIG, state))
     whole = whole_of(sae, state, CONFIG)
     return None if whole is None else whole[0].tensors()
+
+
+def _own_seeds(rank: int) -> dict[str, torch.Tensor]:
+    """`train` itself, on an SAE that each process has made with a seed of its own."""
+    sae = SAE(new("topk").config, generator=torch.Generator().manual_seed(rank))
+    stream = batches(planted(), CONFIG.batch_size, seed=0, part=(rank, 2))
+    list(train(sae, stream, CONFIGS["topk"]))
+    return sae.tensors()
 
 
 def _refused(rank: int) -> list[str]:
@@ -236,6 +246,23 @@ def test_what_cannot_be_split_is_refused(found) -> None:
         assert "k=6 latents in each of 2 parts, got 4" in told[2]
         assert "frobenius" in told[3] and "got 2" in told[3]
         assert "batches of one size" in told[4] and "1032 on 2 processes" in told[4]
+
+
+def test_train_begins_with_the_weights_of_the_first_process(found, alone) -> None:
+    ours, theirs = (found[2, rank]["own seeds"] for rank in range(2))
+    for key, tensor in alone["topk"]["tensors"].items():
+        assert torch.equal(ours[key], theirs[key]), key
+        torch.testing.assert_close(ours[key], tensor, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 7, 600])
+@pytest.mark.parametrize("own", [1, 30, 600])
+def test_the_demand_is_that_of_the_same_tokens_in_any_number_of_processes(parts, own) -> None:
+    dealt = torch.arange(own * parts).reshape(own, parts).T  # token by token, a process a row
+    looked_at = [row[:n] for row, n in zip(dealt, demand._shares(own, parts), strict=True)]
+    assert torch.cat(looked_at).sort().values.tolist() == list(range(
+        min(own * parts, max(parts, demand.TOKENS))
+    ))  # fmt: skip
 
 
 def test_parts_of_a_batch_are_the_batch() -> None:
