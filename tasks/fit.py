@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .common import StopSignal, plain
-from .processes import own_device
+from .processes import n_processes, own_device
 from .progress import Progress
 from .runs import RunFolder, truncate_metrics
 from .sinks import open_sink
@@ -52,7 +52,8 @@ def fit(
     stream = batches(stored, config.batch_size, seed=config.seed, start_step=state.step, part=part)
     shown = Progress("train", config.steps, "steps", initial=state.step, enabled=not quiet)
     every, saved = settings.run.checkpoint_every, state.step
-    with stop.deferred(), shown, _writing(settings, run, state.step, layout) as write:
+    later = stop.deferred(patient=n_processes() > 1)
+    with later, shown, _writing(settings, run, state.step, layout) as write:
         for record in train(sae, prefetch(stream, 2), config, state):
             write(asdict(record))
             shown.update_to(record.step)
