@@ -20,6 +20,7 @@ from .common import (
     PROG,
     StopSignal,
     catch_signals,
+    logging_to_stderr,
     plain,
     quiet_libraries,
     read_json,
@@ -216,7 +217,8 @@ def follow(argv: Sequence[str]) -> None:
     if options.dry_run:
         return
     quiet_libraries()
-    with joined(settings.model.device) as team, catch_signals() as stop:
+    silent = logging_to_stderr(quiet=True)  # the first process warns of what all of them find
+    with silent, joined(settings.model.device) as team, catch_signals() as stop:
         settings = team.hear()
         if settings is None:
             return  # the run is finished

@@ -84,26 +84,50 @@ def test_two_processes_make_the_run_of_one(flags, alone, tmp_path, parts) -> Non
     assert main([*flags, "--out", str(out)]) == 0  # one process finds the same run, finished
 
 
-def follower(parent: int) -> int | None:
-    """The process of rank 1 below torchrun, if it is there."""
+def workers(parent: int) -> dict[int, int]:
+    """The processes below torchrun by their rank, as far as they are there."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    found = {}
     for child in children:
         try:
             environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"RANK=1" in environment:
-            return int(child)
-    return None
+        found |= {rank: int(child) for rank in (0, 1) if b"RANK=%d" % rank in environment}
+    return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+
+
+@NEEDS_PROC
+@pytest.mark.parametrize("ranks", [(0, 1), (1,)])
+def test_signals_save_the_step_whoever_sends_how_many(flags, tmp_path, ranks) -> None:
+    out = tmp_path / "run"
+    process = launched(
+        [*flags, "--epochs", "4000", "--checkpoint-every", "9999999", "--out", str(out)]
+    )
+    end = time.monotonic() + WAIT_S
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    found = workers(process.pid)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        for rank in ranks:
+            os.kill(found[rank], signum)
+    _, error = process.communicate(timeout=WAIT_S)
+    assert process.returncode != 0
+    (saved,) = (out / "checkpoints").glob("step-*")
+    assert int(saved.name.removeprefix("step-")) == read_metrics(out / "metrics.jsonl")[-1]["step"]
+
+
+@NEEDS_PROC
 def test_a_killed_process_is_replaced_and_nothing_is_lost(flags, alone, tmp_path) -> None:
     out = tmp_path / "run"
     process = launched([*flags, "--out", str(out)], "--max-restarts", "1")
     killed, end = None, time.monotonic() + WAIT_S
     while killed is None and process.poll() is None and time.monotonic() < end:
-        if (out / "metrics.jsonl").exists() and (killed := follower(process.pid)) is not None:
+        if (out / "metrics.jsonl").exists() and (killed := workers(process.pid).get(1)) is not None:
             os.kill(killed, signal.SIGKILL)
         time.sleep(0.002)
     _, error = process.communicate(timeout=WAIT_S)
@@ -115,6 +139,12 @@ def test_bad_input_is_told_once(flags, tmp_path) -> None:
     for arguments, sentence in (
         ([*flags, "--batch-size", "257"], "that 2 processes can share equally, got 257"),
         ([*flags, "--latent-parts", "3"], "divides the 2 processes, got 3"),
+        # before hours of harvest, and not by each process
+        (
+            [*flags, "--latent-parts", "2", "--kind", "topk", "--k", "100"],
+            "each of 2 parts, got 64",
+        ),
+        ([*flags, "--device", "cuda:7"], "gives each of 2 processes a card of its own, got cuda:7"),
     ):
         process = launched([*arguments, "--out", str(tmp_path / "run")])
         told, error = process.communicate(timeout=WAIT_S)
@@ -135,6 +165,13 @@ def test_one_process_is_the_first_whatever_its_rank(flags, alone, monkeypatch, c
     monkeypatch.setenv("RANK", "1")  # of a launcher that started something else
     assert main([*flags, "--out", str(alone), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 20
+
+
+def test_processes_that_nobody_joins_are_refused(flags, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "leave", lambda code: code)  # which ends the process
+    monkeypatch.setenv("WORLD_SIZE", "2")  # and nothing that says where the other is
+    assert main([*flags, "--out", str(tmp_path / "run")]) == 2
+    assert "beside WORLD_SIZE=2, as torchrun sets them, got none of" in capsys.readouterr().err
 
 
 def test_other_commands_run_in_one_process(monkeypatch, capsys) -> None:
