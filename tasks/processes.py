@@ -19,7 +19,7 @@ from sae_core.errors import UserError
 from .common import EXIT_BAD_INPUT, Interrupted
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
     from .settings import TrainSettings
 

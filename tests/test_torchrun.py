@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,20 @@ def test_a_killed_process_is_replaced_and_nothing_is_lost(flags, alone, tmp_path
         time.sleep(0.002)
     _, error = process.communicate(timeout=WAIT_S)
     assert killed is not None and process.returncode == 0, error
+    same_run(out, alone)
+
+
+def test_a_damaged_checkpoint_is_told_once_and_an_older_one_goes_on(flags, alone, tmp_path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(alone, out)
+    (out / "results.json").unlink()
+    newest = max((out / "checkpoints").glob("step-*")) / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    loud = [one for one in flags if one != "--quiet"]
+    process = launched([*loud, "--out", str(out)])
+    _, error = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, error
+    assert error.count("Using an older checkpoint") == 1
     same_run(out, alone)
 
 
