@@ -9,7 +9,7 @@ it. When it fails before that, they end with its exit code and leave the message
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -144,10 +144,11 @@ def joined(device: str) -> Iterator[Team]:
         yield team
         _broadcast(None)  # nobody leaves while another is still at work
     except BaseException as error:
-        if is_first() and team.is_awaited:
-            _broadcast(_Failed(_exit_code(error)))
         if isinstance(error, RuntimeError) and any(text in str(error) for text in GONE):
             raise SystemExit(1) from error
+        if is_first() and team.is_awaited:
+            with suppress(RuntimeError):  # of one that has gone: this error is what there is to say
+                _broadcast(_Failed(_exit_code(error)))
         raise
 
 

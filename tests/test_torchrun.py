@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from sae_apps.tasks import main as command
+from sae_apps.tasks import processes
 from sae_apps.tasks.main import main
 from sae_apps.tasks.runs import read_metrics
+from sae_core.errors import UserError
 from sae_core.shards import ShardedActivations
 
 RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -187,6 +189,21 @@ def test_processes_that_nobody_joins_are_refused(flags, tmp_path, monkeypatch, c
     monkeypatch.setenv("WORLD_SIZE", "2")  # and nothing that says where the other is
     assert main([*flags, "--out", str(tmp_path / "run")]) == 2
     assert "beside WORLD_SIZE=2, as torchrun sets them, got none of" in capsys.readouterr().err
+
+
+def test_one_that_has_gone_ends_the_first_without_a_traceback(monkeypatch) -> None:
+    def gone(_value: object) -> None:
+        raise RuntimeError("gloo: Connection closed by peer [127.0.0.1]")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name, call in (("_store", object), ("_meet", lambda *_: None), ("_broadcast", gone)):
+        monkeypatch.setattr(processes, name, call)
+    with pytest.raises(SystemExit) as end, processes.joined("cpu") as team:
+        team.tell("a word", more=True)
+    assert end.value.code == 1
+    with pytest.raises(UserError, match="its own"), processes.joined("cpu"):
+        raise UserError("its own")
 
 
 def test_other_commands_run_in_one_process(monkeypatch, capsys) -> None:
