@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh
 
 from sae_core import demand
 from sae_core.buffer import batches
@@ -91,6 +92,7 @@ def _process(rank: int, world: int, port: int, folder: str) -> None:
             found[parts, "resumed"] = _resumed(world_layout(parts), Path(folder))
         found["refused"] = _refused(rank)
         found["own seeds"] = _own_seeds(rank)
+        found["meshes"] = [_meshes_made(world_layout(parts)) for parts in (1, 2)]
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.barrier()
     # A process that leaves early aborts the other, and gloo's threads may abort their own process
@@ -139,6 +141,18 @@ def _own_seeds(rank: int) -> dict[str, torch.Tensor]:
     stream = batches(planted(), CONFIG.batch_size, seed=0, part=(rank, 2))
     list(train(sae, stream, CONFIGS["topk"]))
     return sae.tensors()
+
+
+def _meshes_made(layout: Layout) -> int:
+    """How often a training makes a mesh out of another, which takes as long as a small step."""
+    sae, state = shard_of(new("gba"), TrainState(), CONFIG, layout)
+    part = (layout.part("tokens"), layout.parts("tokens"))
+    stream = batches(planted(), CONFIG.batch_size, seed=0, part=part)
+    made, get = [], DeviceMesh.__getitem__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceMesh, "__getitem__", lambda *a: made.append(a) or get(*a))
+        list(train(sae, stream, CONFIG, state))
+    return len(made)
 
 
 def _refused(rank: int) -> list[str]:
@@ -253,6 +267,10 @@ def test_train_begins_with_the_weights_of_the_first_process(found, alone) -> Non
     for key, tensor in alone["topk"]["tensors"].items():
         assert torch.equal(ours[key], theirs[key]), key
         torch.testing.assert_close(ours[key], tensor, rtol=RTOL, atol=ATOL)
+
+
+def test_a_step_makes_no_mesh(found) -> None:
+    assert [found[2, rank]["meshes"] for rank in range(2)] == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 7, 600])
