@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .common import StopSignal, plain
-from .processes import n_processes, own_device
+from .processes import PATIENCE, n_processes, own_device
 from .progress import Progress
 from .runs import RunFolder, truncate_metrics
 from .sinks import open_sink
@@ -44,7 +44,7 @@ def fit(
     from sae_core.train import train
 
     device = settings.model.device
-    layout = world_layout(settings.run.latent_parts, device.partition(":")[0])
+    layout = world_layout(settings.run.latent_parts, device.partition(":")[0], PATIENCE)
     sae, state = shard_of(
         *start_or_resume(settings, config, run, stored.d_in, layout), config, layout
     )

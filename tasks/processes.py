@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .settings import TrainSettings
 
-PATIENCE = timedelta(days=30)  # of processes that wait for the first one's harvest
+PATIENCE = timedelta(days=30)  # of processes that wait for the first one, which harvests and saves
 GONE = ("Connection closed by peer", "Connection reset by peer")
 
 

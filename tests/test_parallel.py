@@ -7,6 +7,7 @@ import dataclasses
 import os
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sae_core.errors import UserError
 from sae_core.gba import GBAConfig
 from sae_core.loss import SparsityConfig
 from sae_core.nonlinearity import kth_largest
-from sae_core.parallel import ALONE, Layout, world_layout
+from sae_core.parallel import ALONE, AXES, Layout, world_layout
 from sae_core.reweighting import WeightConfig
 from sae_core.sae import SAE, SAEConfig
 from sae_core.sharded import shard_of, whole_of
@@ -47,6 +48,7 @@ SCENARIOS = {  # processes, latent parts: what is trained
     (2, 2): (*KINDS, "variance"),
     (4, 2): ("gba", "topk", "batch_topk"),
 }
+PATIENCE = timedelta(hours=7)
 # float32 sums in another order, over 24 steps of Adam
 RTOL, ATOL = 2e-3, 3e-4
 
@@ -77,15 +79,17 @@ def trained(name: str, layout: Layout) -> dict[str, Any]:
 def _process(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
+        timeout=PATIENCE,
+    )  # fmt: skip
     found: dict[Any, Any] = {}
     for (processes, latent_parts), names in SCENARIOS.items():
         if processes == world:
-            layout = world_layout(latent_parts)
+            layout = world_layout(latent_parts, timeout=PATIENCE)
             for name in names:
                 found[latent_parts, name] = trained(name, layout)
             found[latent_parts, "kth"] = _kth(layout, rank)
+            found[latent_parts, "patience"] = _patience(layout)
     if world == 2:
         _stop(world_layout(2), Path(folder))
         for parts in (1, 2):
@@ -107,6 +111,12 @@ def _values(rank: int) -> torch.Tensor:
     values[:50] = 0.25  # equal on all
     values[50:90] = -0.0
     return values
+
+
+def _patience(layout: Layout) -> list[float]:
+    """Seconds that this process waits for the others along each axis that is split."""
+    backends = [group._get_backend(torch.device("cpu")) for group in layout._groups(AXES)]
+    return [backend.options._timeout.total_seconds() for backend in backends]
 
 
 def _kth(layout: Layout, rank: int) -> list[float]:
@@ -232,6 +242,12 @@ def test_the_kth_largest_of_all_is_exact(found, world, latent_parts) -> None:
     expected = [float(kth_largest(everything, k)) for k in (1, 7, 400, 9000)]
     for rank in range(world):
         assert found[world, rank][latent_parts, "kth"] == expected
+
+
+@pytest.mark.parametrize(("world", "latent_parts"), SCENARIOS)
+def test_all_wait_as_long_as_they_were_told_to(found, world, latent_parts) -> None:
+    for rank in range(world):
+        assert set(found[world, rank][latent_parts, "patience"]) == {PATIENCE.total_seconds()}
 
 
 @pytest.mark.parametrize("parts", [1, 2])
