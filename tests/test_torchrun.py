@@ -8,16 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from sae_apps.tasks import main as command
-from sae_apps.tasks import processes
+from sae_apps.tasks import processes, train
+from sae_apps.tasks.fit import start_or_resume
+from sae_apps.tasks.inputs import open_inputs, provenance
 from sae_apps.tasks.main import main
-from sae_apps.tasks.runs import read_metrics
+from sae_apps.tasks.runs import RunFolder, read_metrics
+from sae_apps.tasks.train import parse, training_config
 from sae_core.errors import UserError
+from sae_core.parallel import ALONE, Axis, Layout
 from sae_core.shards import ShardedActivations
 
 RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -204,6 +209,34 @@ def test_one_that_has_gone_ends_the_first_without_a_traceback(monkeypatch) -> No
     assert end.value.code == 1
     with pytest.raises(UserError, match="its own"), processes.joined("cpu"):
         raise UserError("its own")
+
+
+class Elsewhere(Layout):
+    """A process that shares a training with one that has not found the checkpoint."""
+
+    def smallest(self, x: torch.Tensor, *axes: Axis) -> torch.Tensor:
+        return x.zero_()
+
+
+def test_another_checkpoint_elsewhere_is_refused(flags, alone) -> None:
+    settings, _ = parse([*flags[1:], "--out", str(alone)])
+    config = training_config(settings, 2560)
+    with pytest.raises(UserError, match="got those of step 0 to 20: .* a disk that all of them"):
+        start_or_resume(settings, config, RunFolder(alone), 64, Elsewhere())
+    assert start_or_resume(settings, config, RunFolder(alone), 64, ALONE)[1].step == 20
+
+
+def test_another_text_elsewhere_is_refused(flags, monkeypatch) -> None:
+    settings, _ = parse(flags[1:])
+    first = provenance(settings, open_inputs(settings)) | {"data_id": "another"}
+
+    class Told(processes.Team):
+        def hear(self) -> object:
+            return settings, first
+
+    monkeypatch.setattr(train, "joined", lambda _device: nullcontext(Told()))
+    with pytest.raises(UserError, match="of the first process in every one: data_id is 'another'"):
+        train.follow(flags[1:])
 
 
 def test_other_commands_run_in_one_process(monkeypatch, capsys) -> None:
