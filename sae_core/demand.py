@@ -47,11 +47,11 @@ def follow_demand(
 ) -> None:
     """Measure the demand on a batch and give groups and targets of the state anew."""
     layout, dtype = state.layout, config.product_type
-    u = u[: TOKENS // layout.parts("tokens")]
-    n = len(u) * layout.parts("tokens")
+    shares = _shares(len(u), layout.parts("tokens"))
+    u, n = u[: shares[layout.part("tokens")]], sum(shares)
     raw = (u - sae.b_dec).to(dtype) @ sae.W_enc.to(dtype)
-    n_entries = raw.numel() * layout.parts("tokens") * layout.parts("latents")
-    kth = layout.kth_largest(raw.flatten(), min(n_entries, sae.config.k * n)).float()
+    d_sae = sae.d_sae * layout.parts("latents")
+    kth = layout.kth_largest(raw.flatten(), min(d_sae, sae.config.k) * n).float()
     memory = MEMORY if len(state.demand) else 0.0
     state.threshold = memory * state.threshold + (1 - memory) * float(kth)
     _, latent = above(raw.sub_(state.threshold))
@@ -64,6 +64,12 @@ def follow_demand(
     group[order] = groups
     state.group = layout.own_latents(group)
     state.taf = targets(demand[order], groups, sae.config.k, config.gba.ratio)
+
+
+def _shares(n_own: int, parts: int) -> list[int]:
+    """How many of its n_own tokens each process looks at: the first `TOKENS` of the whole batch,
+    which was dealt out token by token, and one at least."""
+    return [min(n_own, max(1, -(-(TOKENS - part) // parts))) for part in range(parts)]
 
 
 def targets(

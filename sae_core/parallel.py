@@ -14,7 +14,9 @@ identity as its gradient, and a parameter that all of them read has the sum (Sho
 arXiv 1909.08053, section 3: its g and f).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -42,11 +44,12 @@ class Layout:
 
     def parts(self, axis: Axis) -> int:
         """Into how many parts an axis is split."""
-        return 1 if self.mesh is None else self.mesh[axis].size()
+        # self.mesh[axis] would make a mesh: a quarter of a millisecond, and dozens in a step
+        return 1 if self.mesh is None else self.mesh.get_group(axis).size()
 
     def part(self, axis: Axis) -> int:
         """Which of them this process has, from 0."""
-        return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
+        return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
 
     @property
     def device(self) -> str:
@@ -96,6 +99,13 @@ class Layout:
         for group in self._groups(axes):
             dist.all_reduce(x, dist.ReduceOp.MIN, group)
         return x
+
+    @torch.no_grad()
+    def copy_first(self, tensors: Iterable[Tensor], axis: Axis) -> None:
+        """Give the tensors the values of the first process along the axis, in place."""
+        for group in self._groups((axis,)):
+            for tensor in tensors:
+                dist.broadcast(tensor, group=group, group_src=0)
 
     # ---- what the others have ----
 
@@ -209,7 +219,9 @@ def split(n_processes: int, latent_parts: int) -> tuple[int, int]:
     return n_processes // latent_parts, latent_parts
 
 
-def world_layout(latent_parts: int = 1, device: str = "cpu") -> Layout:
+def world_layout(
+    latent_parts: int = 1, device: str = "cpu", timeout: timedelta | None = None
+) -> Layout:
     """All processes of torch.distributed: the latents in so many parts, the tokens in the others.
 
     Neighbouring ranks share tokens, since a sum of reconstructions takes more than one of
@@ -217,13 +229,25 @@ def world_layout(latent_parts: int = 1, device: str = "cpu") -> Layout:
 
     Args:
         device: cpu or cuda, where the SAE lies.
+        timeout: how long a process waits for others, e.g. while the first one writes a checkpoint
+            (None: torch's, 10 minutes on cards; without both splits that of the group of all).
     Raises:
         UserError: the number of processes is no multiple of the parts.
     """
     n_processes = dist.get_world_size() if dist.is_initialized() else 1
     shape = split(n_processes, latent_parts)
-    if n_processes == 1:
-        return ALONE
-    from torch.distributed.device_mesh import init_device_mesh
+    return ALONE if n_processes == 1 else Layout(_mesh(shape, device, timeout))
 
-    return Layout(init_device_mesh(device, shape, mesh_dim_names=AXES))
+
+def _mesh(shape: tuple[int, int], device: str, timeout: timedelta | None) -> "DeviceMesh":
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    if timeout is None or 1 in shape:
+        return init_device_mesh(device, shape, mesh_dim_names=AXES)
+    ranks = torch.arange(shape[0] * shape[1]).reshape(shape)
+    groups: list[dist.ProcessGroup] = []
+    for lines in (ranks.T, ranks):
+        own, _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)
+        assert isinstance(own, dist.ProcessGroup)  # every process is in one
+        groups.append(own)
+    return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=AXES)

@@ -16,9 +16,10 @@ from sae_core.errors import UserError
 from sae_core.firing import FiringStats
 from sae_core.parallel import Layout
 from sae_core.reweighting import Weights
-from sae_core.sae import SAE
+from sae_core.sae import SAE, SAEConfig
 from sae_core.start import make_optimizer
 from sae_core.state import TrainConfig, TrainState
+from sae_core.step import RANKED
 
 Move = Callable[[Tensor, bool], Tensor]
 WHOLE = "b_dec"  # the one parameter that has no latents' axis
@@ -40,7 +41,7 @@ def shard_of(
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh, parts = layout.mesh, layout.parts("latents")
-    _check(sae, config, parts)
+    check_split(sae.config, config, parts)
 
     def deal_out(tensor: Tensor, is_of_latents: bool) -> Tensor:
         places = [Replicate(), Shard(0) if is_of_latents else Replicate()]
@@ -71,12 +72,17 @@ def whole_of(sae: SAE, state: TrainState, config: TrainConfig) -> tuple[SAE, Tra
     return moved if layout.is_first else None
 
 
-def _check(sae: SAE, config: TrainConfig, parts: int) -> None:
+def check_split(sae: SAEConfig, config: TrainConfig, parts: int) -> None:
+    """Check that a training can go on with the latents in so many parts.
+
+    Raises:
+        UserError: see ``shard_of``.
+    """
     if sae.d_sae % parts:
         raise UserError(f"Expected d_sae to be a multiple of {parts} parts, got {sae.d_sae}.")
-    if sae.config.kind in ("topk", "batch_topk") and sae.d_sae // parts < sae.config.k:
+    if sae.kind in RANKED and sae.d_sae // parts < sae.k:
         raise UserError(
-            f"Expected at least k={sae.config.k} latents in each of {parts} parts, "
+            f"Expected at least k={sae.k} latents in each of {parts} parts, "
             f"got {sae.d_sae // parts}."
         )
     if parts > 1 and config.weights.kind == "frobenius":

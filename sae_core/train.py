@@ -154,6 +154,7 @@ def train(
     state = TrainState() if state is None else state
     if state.layout.mesh is None:
         state.layout = world_layout(device=sae.device.type)
+        state.layout.copy_first(sae.parameters(), "tokens")  # or those of own seeds never meet
     layout = state.layout
     _keep_freed_memory()
     stream = _tensors(batches, sae)

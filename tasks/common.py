@@ -62,11 +62,11 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._is_deferred = False
+        self._is_deferred = self._is_patient = False
 
     def receive(self, signum: int) -> None:
         """Note a signal, and raise Interrupted unless inside ``deferred``; a second one exits."""
-        if self.signum is not None:
+        if self.signum is not None and not self._is_patient:
             os._exit(128 + signum)
         self.signum = signum
         if not self._is_deferred:
@@ -80,13 +80,17 @@ class StopSignal:
             raise Interrupted(self.signum)
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only noted; the block calls ``check`` where it can stop."""
-        self._is_deferred = True
+    def deferred(self, *, patient: bool = False) -> Iterator[None]:
+        """Inside, a signal is only noted; the block calls ``check`` where it can stop.
+
+        Args:
+            patient: a second one is noted too, as where a launcher and the system send one each.
+        """
+        self._is_deferred, self._is_patient = True, patient
         try:
             yield
         finally:
-            self._is_deferred = False
+            self._is_deferred = self._is_patient = False
 
 
 @contextmanager

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .common import StopSignal, plain
-from .processes import own_device
+from sae_core.errors import UserError
+
+from .common import EXIT_BAD_INPUT, StopSignal, plain
+from .processes import PATIENCE, n_processes, own_device
 from .progress import Progress
 from .runs import RunFolder, truncate_metrics
 from .sinks import open_sink
@@ -44,7 +46,7 @@ def fit(
     from sae_core.train import train
 
     device = settings.model.device
-    layout = world_layout(settings.run.latent_parts, device.partition(":")[0])
+    layout = world_layout(settings.run.latent_parts, device.partition(":")[0], PATIENCE)
     sae, state = shard_of(
         *start_or_resume(settings, config, run, stored.d_in, layout), config, layout
     )
@@ -52,7 +54,8 @@ def fit(
     stream = batches(stored, config.batch_size, seed=config.seed, start_step=state.step, part=part)
     shown = Progress("train", config.steps, "steps", initial=state.step, enabled=not quiet)
     every, saved = settings.run.checkpoint_every, state.step
-    with stop.deferred(), shown, _writing(settings, run, state.step, layout) as write:
+    later = stop.deferred(patient=n_processes() > 1)
+    with later, shown, _writing(settings, run, state.step, layout) as write:
         for record in train(sae, prefetch(stream, 2), config, state):
             write(asdict(record))
             shown.update_to(record.step)
@@ -73,7 +76,11 @@ def start_or_resume(
     d_in: int,
     layout: "Layout",
 ) -> tuple["SAE", "TrainState"]:
-    """The whole SAE and state of the last checkpoint, or fresh ones, on each process."""
+    """The whole SAE and state of the last checkpoint, or fresh ones, on each process.
+
+    Raises:
+        UserError: the processes do not find the same checkpoint.
+    """
     import torch
 
     from sae_core.checkpoint import load_checkpoint
@@ -87,6 +94,7 @@ def start_or_resume(
     found = load_checkpoint(run.checkpoints, config, device)  # the first one also tidies up there
     if layout.is_first:
         layout.wait()
+    _check_alike(found[1].step if found else 0, run, layout)
     if found:
         if layout.is_first:
             LOG.info("Continuing %s at step %d of %d.", run.path, found[1].step, config.steps)
@@ -94,6 +102,24 @@ def start_or_resume(
     generator = torch.Generator().manual_seed(config.seed)
     sae = SAE(settings.sae_config(d_in), generator=generator)
     return sae.to(device), TrainState()
+
+
+def _check_alike(step: int, run: RunFolder, layout: "Layout") -> None:
+    """Check that all processes begin at this step, or they would wait for each other for ever."""
+    import torch
+
+    from sae_core.parallel import AXES
+
+    least, most = (torch.tensor(step, device=layout.device) for _ in range(2))
+    layout.smallest(least, *AXES)
+    layout.largest(most, *AXES)
+    if least < most:
+        if not layout.is_first:
+            raise SystemExit(EXIT_BAD_INPUT)
+        raise UserError(
+            f"Expected the same checkpoint on all processes, got those of step {int(least)} to "
+            f"{int(most)}: {run.path} must lie on a disk that all of them share."
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ it. When it fails before that, they end with its exit code and leave the message
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,11 @@ from sae_core.errors import UserError
 from .common import EXIT_BAD_INPUT, Interrupted
 
 if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
     from .settings import TrainSettings
 
-PATIENCE = timedelta(days=30)  # of processes that wait for the first one's harvest
+PATIENCE = timedelta(days=30)  # of processes that wait for the first one, which harvests and saves
 GONE = ("Connection closed by peer", "Connection reset by peer")
 
 
@@ -69,9 +71,9 @@ def shares(settings: "TrainSettings", d_in: int | None = None) -> tuple[int, int
             f"got {settings.train.batch_size}."
         )
     if d_in is not None:
-        d_sae = settings.sae_config(d_in).d_sae
-        if d_sae % latent_parts:
-            raise UserError(f"Expected d_sae to be a multiple of {latent_parts}, got {d_sae}.")
+        from sae_core.sharded import check_split
+
+        check_split(settings.sae_config(d_in), settings.train, latent_parts)
     return token_parts, latent_parts
 
 
@@ -134,46 +136,84 @@ def joined(device: str) -> Iterator[Team]:
         yield team
         return
 
+    store = _store()
     if device.startswith("cuda"):
-        _take_card(own_device(device))
-    _meet("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        _take_cards(own_device(device), store)
+    _meet(store, "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield team
         _broadcast(None)  # nobody leaves while another is still at work
     except BaseException as error:
-        if is_first() and team.is_awaited:
-            _broadcast(_Failed(_exit_code(error)))
         if isinstance(error, RuntimeError) and any(text in str(error) for text in GONE):
             raise SystemExit(1) from error
+        if is_first() and team.is_awaited:
+            with suppress(RuntimeError):  # of one that has gone: this error is what there is to say
+                _broadcast(_Failed(_exit_code(error)))
         raise
 
 
-def _meet(backend: str) -> None:
-    """Find the other processes.
+def _store() -> "Store":
+    """Where the processes leave words for each other before they meet.
 
     On one machine torchrun keeps its store over a restart, with the addresses of the processes that
     are gone (torch 2.13); names of their own for each attempt keep the new ones from these. On
     several machines the attempts are not counted alike: there it must make a new store each time
     (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+
+    Raises:
+        UserError: nothing says where the other processes are.
     """
-    import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in os.environ]:
+        raise UserError(
+            f"Expected {', '.join(needed)} beside WORLD_SIZE={n_processes()}, as torchrun sets "
+            f"them, got none of {', '.join(missing)}."
+        )
+    store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"attempt {attempt}", store)
+    return store
+
+
+def _meet(store: "Store", backend: str) -> None:
+    """Find the other processes."""
+    import torch.distributed as dist
+
+    rank, world = int(os.environ["RANK"]), n_processes()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
-def _take_card(device: str) -> None:
+def _take_cards(device: str, store: "Store") -> None:
+    """Take this process's card. Where one has none all end, and the first one says so."""
     import torch
 
-    if not torch.cuda.is_available() or torch.device(device).index >= torch.cuda.device_count():
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise UserError(f"Expected a CUDA card for each process, got {found} and asked {device}.")
+    store.set(f"card {os.environ['RANK']}", _refused(device))
+    told = [store.get(f"card {rank}").decode() for rank in range(n_processes())]
+    if refused := next(filter(None, told), None):
+        if is_first():
+            raise UserError(refused)
+        raise SystemExit(EXIT_BAD_INPUT)
     torch.cuda.set_device(device)
+
+
+def _refused(device: str) -> str:
+    """Why this process cannot have the card; nothing where it can."""
+    import torch
+
+    n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if n_local > 1 and device != own_device("cuda"):
+        return (
+            f"Expected the device cuda, which gives each of {n_local} processes a card of its own, "
+            f"got {device}."
+        )
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (torch.device(device).index or 0) >= found:
+        return f"Expected a CUDA card for each process, got {found} and asked {device}."
+    return ""
 
 
 def _exit_code(error: BaseException) -> int:

@@ -20,6 +20,8 @@ from .common import (
     PROG,
     StopSignal,
     catch_signals,
+    first_difference,
+    logging_to_stderr,
     plain,
     quiet_libraries,
     read_json,
@@ -195,7 +197,7 @@ def train_run(
         inputs = inputs or open_inputs(settings, accept_terms=accept_terms)
         shares(settings, inputs.lm.d_model)
         with only_writer(run.path):
-            team.tell(settings, more=True)
+            team.tell((settings, provenance(settings, inputs)), more=True)
             return _trained(settings, inputs, run, stop, start, team, quiet=quiet)
 
 
@@ -203,6 +205,7 @@ def follow(argv: Sequence[str]) -> None:
     """What a process of torchrun other than the first does: train with it, and say nothing.
 
     Raises:
+        UserError: the model or the text is another one here than at the first process.
         SystemExit: the first process has failed, or gone.
     """
     from sae_core.shards import ShardedActivations
@@ -216,11 +219,16 @@ def follow(argv: Sequence[str]) -> None:
     if options.dry_run:
         return
     quiet_libraries()
-    with joined(settings.model.device) as team, catch_signals() as stop:
-        settings = team.hear()
-        if settings is None:
+    silent = logging_to_stderr(quiet=True)  # the first process warns of what all of them find
+    with silent, joined(settings.model.device) as team, catch_signals() as stop:
+        if (told := team.hear()) is None:
             return  # the run is finished
+        settings, origin = told
         inputs = open_inputs(settings, accept_terms=options.accept_terms)
+        if difference := first_difference(origin, provenance(settings, inputs)):
+            raise UserError(
+                f"Expected the model and the text of the first process in every one: {difference}."
+            )
         help_to_harvest(settings, inputs, team)
         stored = ShardedActivations.open(*team.hear())
         config = training_config(settings, stored.n_tokens)

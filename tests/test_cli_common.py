@@ -319,6 +319,14 @@ def test_a_deferred_signal_waits_for_the_check(signum: signal.Signals, code: int
     assert steps == ["finished"]
 
 
+def test_a_second_signal_waits_too_where_a_launcher_sends_its_own() -> None:
+    with pytest.raises(Interrupted), catch_signals() as stop, stop.deferred(patient=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        stop.check()
+
+
 def test_second_signal_ends_at_once() -> None:
     program = (
         "import os, signal\n"

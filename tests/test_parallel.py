@@ -7,6 +7,7 @@ import dataclasses
 import os
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh
 
+from sae_core import demand
 from sae_core.buffer import batches
 from sae_core.checkpoint import load_checkpoint, save_checkpoint
 from sae_core.errors import UserError
 from sae_core.gba import GBAConfig
 from sae_core.loss import SparsityConfig
 from sae_core.nonlinearity import kth_largest
-from sae_core.parallel import ALONE, Layout, world_layout
+from sae_core.parallel import ALONE, AXES, Layout, world_layout
 from sae_core.reweighting import WeightConfig
 from sae_core.sae import SAE, SAEConfig
 from sae_core.sharded import shard_of, whole_of
@@ -45,6 +48,7 @@ SCENARIOS = {  # processes, latent parts: what is trained
     (2, 2): (*KINDS, "variance"),
     (4, 2): ("gba", "topk", "batch_topk"),
 }
+PATIENCE = timedelta(hours=7)
 # float32 sums in another order, over 24 steps of Adam
 RTOL, ATOL = 2e-3, 3e-4
 
@@ -75,20 +79,24 @@ def trained(name: str, layout: Layout) -> dict[str, Any]:
 def _process(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
+        timeout=PATIENCE,
+    )  # fmt: skip
     found: dict[Any, Any] = {}
     for (processes, latent_parts), names in SCENARIOS.items():
         if processes == world:
-            layout = world_layout(latent_parts)
+            layout = world_layout(latent_parts, timeout=PATIENCE)
             for name in names:
                 found[latent_parts, name] = trained(name, layout)
             found[latent_parts, "kth"] = _kth(layout, rank)
+            found[latent_parts, "patience"] = _patience(layout)
     if world == 2:
         _stop(world_layout(2), Path(folder))
         for parts in (1, 2):
             found[parts, "resumed"] = _resumed(world_layout(parts), Path(folder))
         found["refused"] = _refused(rank)
+        found["own seeds"] = _own_seeds(rank)
+        found["meshes"] = [_meshes_made(world_layout(parts)) for parts in (1, 2)]
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.barrier()
     # A process that leaves early aborts the other, and gloo's threads may abort their own process
@@ -103,6 +111,12 @@ def _values(rank: int) -> torch.Tensor:
     values[:50] = 0.25  # equal on all
     values[50:90] = -0.0
     return values
+
+
+def _patience(layout: Layout) -> list[float]:
+    """Seconds that this process waits for the others along each axis that is split."""
+    backends = [group._get_backend(torch.device("cpu")) for group in layout._groups(AXES)]
+    return [backend.options._timeout.total_seconds() for backend in backends]
 
 
 def _kth(layout: Layout, rank: int) -> list[float]:
@@ -129,6 +143,26 @@ def _resumed(layout: Layout, folder: Path) -> dict[str, torch.Tensor] | None:
     list(train(sae, batches(planted(), 128, seed=0, start_step=16, part=part), CONFIG, state))
     whole = whole_of(sae, state, CONFIG)
     return None if whole is None else whole[0].tensors()
+
+
+def _own_seeds(rank: int) -> dict[str, torch.Tensor]:
+    """`train` itself, on an SAE that each process has made with a seed of its own."""
+    sae = SAE(new("topk").config, generator=torch.Generator().manual_seed(rank))
+    stream = batches(planted(), CONFIG.batch_size, seed=0, part=(rank, 2))
+    list(train(sae, stream, CONFIGS["topk"]))
+    return sae.tensors()
+
+
+def _meshes_made(layout: Layout) -> int:
+    """How often a training makes a mesh out of another, which takes as long as a small step."""
+    sae, state = shard_of(new("gba"), TrainState(), CONFIG, layout)
+    part = (layout.part("tokens"), layout.parts("tokens"))
+    stream = batches(planted(), CONFIG.batch_size, seed=0, part=part)
+    made, get = [], DeviceMesh.__getitem__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceMesh, "__getitem__", lambda *a: made.append(a) or get(*a))
+        list(train(sae, stream, CONFIG, state))
+    return len(made)
 
 
 def _refused(rank: int) -> list[str]:
@@ -210,6 +244,12 @@ def test_the_kth_largest_of_all_is_exact(found, world, latent_parts) -> None:
         assert found[world, rank][latent_parts, "kth"] == expected
 
 
+@pytest.mark.parametrize(("world", "latent_parts"), SCENARIOS)
+def test_all_wait_as_long_as_they_were_told_to(found, world, latent_parts) -> None:
+    for rank in range(world):
+        assert set(found[world, rank][latent_parts, "patience"]) == {PATIENCE.total_seconds()}
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_two_processes_go_on_where_two_stopped(found, alone, parts) -> None:
     for key, tensor in alone["gba"]["tensors"].items():
@@ -236,6 +276,27 @@ def test_what_cannot_be_split_is_refused(found) -> None:
         assert "k=6 latents in each of 2 parts, got 4" in told[2]
         assert "frobenius" in told[3] and "got 2" in told[3]
         assert "batches of one size" in told[4] and "1032 on 2 processes" in told[4]
+
+
+def test_train_begins_with_the_weights_of_the_first_process(found, alone) -> None:
+    ours, theirs = (found[2, rank]["own seeds"] for rank in range(2))
+    for key, tensor in alone["topk"]["tensors"].items():
+        assert torch.equal(ours[key], theirs[key]), key
+        torch.testing.assert_close(ours[key], tensor, rtol=RTOL, atol=ATOL)
+
+
+def test_a_step_makes_no_mesh(found) -> None:
+    assert [found[2, rank]["meshes"] for rank in range(2)] == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 7, 600])
+@pytest.mark.parametrize("own", [1, 30, 600])
+def test_the_demand_is_that_of_the_same_tokens_in_any_number_of_processes(parts, own) -> None:
+    dealt = torch.arange(own * parts).reshape(own, parts).T  # token by token, a process a row
+    looked_at = [row[:n] for row, n in zip(dealt, demand._shares(own, parts), strict=True)]
+    assert torch.cat(looked_at).sort().values.tolist() == list(range(
+        min(own * parts, max(parts, demand.TOKENS))
+    ))  # fmt: skip
 
 
 def test_parts_of_a_batch_are_the_batch() -> None:
