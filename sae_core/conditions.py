@@ -16,8 +16,9 @@ latent j, z_j = w_j'(u - c) and F_j its distribution, measured are for each late
 
 `band_freq` is our estimate of the frequency of the feature that the latent stands for. It looks at
 the data along w_j, not at the threshold, so it can be held against `freq`. Where interference hides
-part of a feature's occurrences it is too low: on planted data (d=42) its median over recovered
-latents was 0.9 of the true frequency at 3 features a token, 0.7 at 5 to 6, 0.45 at 8.
+part of a feature's occurrences it is too low: on planted data (d=42, equal sizes) its median over
+recovered latents was 0.9 of the true frequency at 3 features a token, 0.7 at 5, 0.5 at 6 and 0.3 to
+0.5 at 8 (benchmarks/results/verdict.json).
 
 Latents closer than cosine 0.7 count as copies of one feature: Definition 5.1 joins split features.
 """

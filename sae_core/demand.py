@@ -75,7 +75,8 @@ def _shares(n_own: int, parts: int) -> list[int]:
 def targets(
     demand: Float[Tensor, "d_sae"], group: Tensor, k: int, ratio: float
 ) -> Float[Tensor, "n_groups"]:
-    """Target of each group from the demand of its latents; no lower than k / (ratio d_sae).
+    """Target of each group from the demand of its latents, which counts as k / (ratio d_sae) at
+    least before all are scaled.
 
     Returns:
         Targets in (0, 0.9], float64, that sum to k over all latents as far as 0.9 allows.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import sparse
 
 from sae_apps.alignment import Alignment, great_circle, relational_alignment
@@ -151,21 +151,27 @@ def item_codes(
 ) -> tuple[Float[np.ndarray, "n d_in"], dict[str, sparse.csr_array]]:
     """Activations of items and their codes by each SAE: of the last token, or on average.
 
+    Texts of more than 256 tokens are read in pieces, as training reads them.
+
     Raises:
         UserError: a text without a token.
     """
     import torch
 
     n = len(texts)
-    total, tokens = np.zeros((n, lm.d_model)), np.zeros(n)
+    total, tokens, ends = np.zeros((n, lm.d_model)), np.zeros(n), np.full(n, -1)
     codes = {name: sparse.csr_array((n, sae.d_sae)) for name, sae in saes.items()}
     config = HarvestConfig(context_size=256, batch_tokens=2048)
     for found in stream_activations(lm, rows_from_texts(list(texts)), [hook_point], config):
         batch = found[hook_point]
-        row, x = batch.row_id.numpy(), batch.x.float()
+        row, x, stays = batch.row_id.numpy(), batch.x.float(), np.ones(n)
         kept = np.arange(len(row))
-        if pooling == "last":  # a batch holds rows whole
-            kept = np.flatnonzero(np.r_[row[1:] != row[:-1], True])
+        if pooling == "last":  # of all pieces of a text, which come in any order
+            kept = _later(row, batch.position.numpy(), ends)
+            if not len(kept):
+                continue
+            stays[row[kept]] = 0
+            tokens, total = tokens * stays, total * stays[:, None]
         tokens += np.bincount(row[kept], minlength=n)
         np.add.at(total, row[kept], x[kept].double().cpu().numpy())
         where = sparse.csr_array(
@@ -173,12 +179,24 @@ def item_codes(
         )
         for name, sae in saes.items():
             with evaluating(sae), torch.no_grad():
-                codes[name] = codes[name] + where @ sae.encode_sparse(x[kept]).to_scipy()
+                held = sparse.csr_array(sparse.diags_array(stays) @ codes[name])
+                codes[name] = held + where @ sae.encode_sparse(x[kept]).to_scipy()
     if not tokens.all():
         empty = texts[int(tokens.argmin())]
         raise UserError(f"Expected a token of every text, got none of {empty!r}.")
     scale = sparse.diags_array(1 / tokens)
     return total / tokens[:, None], {name: sparse.csr_array(scale @ c) for name, c in codes.items()}
+
+
+def _later(
+    row: Int[np.ndarray, " t"], position: Int[np.ndarray, " t"], ends: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " k"]:
+    """Tokens that are the last of their row and lie behind its ``ends``, which move there."""
+    order = np.lexsort((position, row))
+    last = order[np.r_[row[order][1:] != row[order][:-1], True]]
+    last = last[position[last] > ends[row[last]]]
+    ends[row[last]] = position[last]
+    return last
 
 
 def run(plan: Plan) -> dict[str, Any]:

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from sae_apps.alignment import relational_alignment
 from sae_apps.tasks.align_run import item_codes
 from sae_apps.tasks.main import main
+from sae_core.activations import HarvestConfig, stream_activations
 from sae_core.models import load_model
-from sae_core.sae import load_sae
+from sae_core.sae import SAE, SAEConfig, load_sae
+from sae_core.text import rows_from_texts
 from tests.command import refusal, run_json, train_small
 
 ANIMALS = ("dog", "cat", "bird", "fish", "mouse", "bear", "frog", "duck")
@@ -86,6 +89,27 @@ def test_pooling_takes_the_last_token_or_all(stories260k: Path) -> None:
     alone, _ = item_codes(lm, "layers.2.out", texts[2:], {}, "last")
     assert np.allclose(alone[0], last[2], atol=1e-4)
     assert not np.allclose(mean[2], last[2], atol=0.1)
+
+
+def test_the_last_token_of_a_text_in_pieces_is_one_token(stories260k: Path) -> None:
+    """Pieces are read by falling length, so that those of two long texts come in turns."""
+    lm, hook = load_model(str(stories260k)), "layers.2.out"
+    long = [" ".join(f"{word} ran" for _ in range(n)) for word, n in (("Tom", 170), ("Mia", 150))]
+    sae = SAE(SAEConfig(lm.d_model, 32, "relu")).eval()
+    units, codes = item_codes(lm, hook, [long[0], "Ben sat.", long[1]], {"x": sae}, "last")
+    for i, text in ((0, long[0]), (2, long[1])):
+        alone = [
+            (int(batch.position[-1]), batch.x[-1].numpy())
+            for found in stream_activations(
+                lm, rows_from_texts([text]), [hook], HarvestConfig(context_size=256)
+            )
+            for batch in found.values()
+        ]
+        assert len(lm.tokenizer(text)["input_ids"]) > 2 * 256
+        expected = max(alone, key=lambda one: one[0])[1]
+        np.testing.assert_allclose(units[i], expected, atol=1e-4)
+        code = sae.encode(torch.from_numpy(expected)[None])[0]
+        np.testing.assert_allclose(codes["x"][[i]].toarray()[0], code, atol=1e-4)
 
 
 def test_an_embedding_in_a_file(

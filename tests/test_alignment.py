@@ -112,6 +112,7 @@ def test_structure_between_groups_vanishes_within_them() -> None:
     space = rng.normal(size=(60, 6)) + 5 * np.eye(6)[group]
     free = relational_alignment(codes, space, **QUICK)
     within = relational_alignment(codes, space, strata=group.tolist(), **QUICK)
+    assert relational_alignment(codes, space, strata=group, **QUICK).p == within.p
     assert free.p == 1 / 200 and within.p > 0.05 and within.rho == free.rho
     assert within.null_mean > 0.5 * free.rho > 5 * abs(free.null_mean)
     lonely = ["alone", *["many"] * 59]
@@ -187,6 +188,9 @@ CODES += 0.1
         ({"space": SPACE, "distances": True}, r"square matrix of distances, got shape \[12, 4\]"),
         ({"space": np.full((12, 12), np.nan), "distances": True}, "finite distances"),
         ({"features": np.where(CODES > 1, np.inf, CODES)}, "finite codes"),
+        ({"features": np.where(CODES > 1, np.nan, CODES)}, "finite codes"),
+        ({"space": np.where(np.eye(12, 4) > 0, np.nan, SPACE)}, "finite codes"),
+        ({"baseline": np.where(np.eye(12, 4) > 0, np.nan, SPACE)}, "finite codes"),
     ],
 )
 def test_bad_input_has_its_sentence(change: dict, message: str) -> None:

@@ -175,10 +175,10 @@ def oracle(
         sd = np.sqrt((a.var(dtype=float) + b.var(dtype=float)) / 2)
         d_prime[j] = (a.mean(dtype=float) - b.mean(dtype=float)) / sd if sd else 0.0
     jsd = np.nan_to_num(jsd)
-    mean, sd = jsd[:, 1:].mean(axis=1), jsd[:, 1:].std(axis=1)
+    mean, sd = jsd.mean(axis=1), jsd.std(axis=1)
     z = (jsd - mean[:, None]) / np.where(sd > 1e-9, sd, np.inf)[:, None]
-    p = (1 + (z[:, 1:].max(axis=0) >= z[:, :1]).sum(axis=1)) / 20
-    distance = np.sqrt(np.maximum(0, jsd[:, 0] - mean))
+    p = (1 + (z[:, 1:].max(axis=0) >= z[:, :1] - 1e-9).sum(axis=1)) / 20
+    distance = np.sqrt(np.maximum(0, jsd[:, 0] - jsd[:, 1:].mean(axis=1)))
     return Separation(distance, np.where(sd > 1e-9, p, 1.0), d_prime, 19)
 
 

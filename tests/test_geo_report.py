@@ -131,6 +131,15 @@ def test_the_leading_features_are_described(report) -> None:
     assert long["top_row_ids"][0] == 1000 + 19 and long["top_values"][0] == 20
 
 
+def test_places_without_label_are_no_label() -> None:
+    """Most of the feature lies where no label is known."""
+    labels = [None if one == "land 3" else one for one in PLACES.label]
+    found = geo_report(features_of(planted()), PLACES, W, labels=labels, nulls=NULLS)
+    (row,) = [row for row in found.leading.to_pylist() if row["feature"] == LABEL]
+    assert (row["label"], row["label_base"]) == ("land 1", 0.25)
+    assert row["label_share"] == pytest.approx(3 / 9), "of all that the feature has"
+
+
 def test_without_labels_there_is_no_null_within_them() -> None:
     bare = make_places(labels=False)
     got = geo_report(planted(), bare, W, nulls=NULLS)

@@ -551,6 +551,7 @@ def test_bad_settings_are_refused(setting, said: str) -> None:
         ("1,000", 1000, "rows"), ("1.5k", 1500, "rows"), ("1 row", 1, "rows"),
         ("200k tokens", 200_000, "tokens"), ("2M tokens", 2_000_000, "tokens"),
         (np.int64(7), 7, "rows"), (np.float64(0.5), 0.5, "share"), ("100%", 1, "share"),
+        (0.00005, 0.00005, "share"), (np.float32(1e-6), 1e-6, "share"),
     ],
 )  # fmt: skip
 def test_budgets_are_understood(given_budget, amount: float, unit: str) -> None:

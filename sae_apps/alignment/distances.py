@@ -33,10 +33,8 @@ def code_distances(codes: Codes, metric: str = "cosine") -> Float[np.ndarray, "n
     """
     if metric not in METRICS:
         raise UserError(f"Expected a metric of {METRICS}, got {metric!r}.")
+    check_finite(codes)
     rows: Any = codes.astype(np.float64)
-    values = rows.data if sparse.issparse(rows) else rows
-    if not np.isfinite(values).all():
-        raise UserError("Expected finite codes, got others.")
     gram = rows @ rows.T
     product = gram.toarray() if sparse.issparse(gram) else np.asarray(gram)
     square = np.diagonal(product).copy()
@@ -52,6 +50,15 @@ def code_distances(codes: Codes, metric: str = "cosine") -> Float[np.ndarray, "n
     found = (found + found.T) / 2
     np.fill_diagonal(found, 0)
     return found
+
+
+def check_finite(codes: Codes) -> None:
+    """Raises:
+    UserError: values that are not finite.
+    """
+    values: Any = codes.data if sparse.issparse(codes) else codes
+    if not np.isfinite(values).all():
+        raise UserError("Expected finite codes, got others.")
 
 
 def has_code(codes: Codes) -> Bool[np.ndarray, " n"]:

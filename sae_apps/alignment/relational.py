@@ -23,7 +23,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from sae_apps.alignment.distances import check_distances, code_distances, has_code
+from sae_apps.alignment.distances import (
+    check_distances,
+    check_finite,
+    code_distances,
+    has_code,
+)
 from sae_apps.alignment.ranks import (
     METHODS,
     Weighted,
@@ -101,8 +106,9 @@ def relational_alignment(
         n_boot: resamples of the items; 0: no intervals.
         seed: of permutations and resamples.
     Raises:
-        UserError: other numbers of items, fewer than four, a matrix that is no distance, unknown
-            metric or method, strata of another length or that leave nothing to permute.
+        UserError: other numbers of items, fewer than four, values that are not finite, a matrix
+            that is no distance, unknown metric or method, strata of another length or that leave
+            nothing to permute.
     """
     codes = features.acts if isinstance(features, SparseFeatures) else features
     _check(codes, space, baseline, strata, method, permutations, n_boot)
@@ -115,7 +121,9 @@ def relational_alignment(
     else:
         theirs = code_distances(np.asarray(space)[kept], metric)
     rng = np.random.default_rng(seed)
-    draw, n_fixed = _shuffler(len(kept), strata and [strata[i] for i in kept], rng)
+    labels = None if strata is None else list(strata)
+    groups = None if labels is None else [labels[i] for i in kept]
+    draw, n_fixed = _shuffler(len(kept), groups, rng)
     x, y = pairs(mine), pairs(theirs)
     rho = correlation(x, y, method)
     permuted = null(mine, theirs, method, draw, permutations)
@@ -171,6 +179,7 @@ def _kept(codes: Any, space: Any, baseline: Any, metric: str) -> Int[np.ndarray,
     if metric == "cosine":
         for one in (codes, space, baseline):
             if one is not None:
+                check_finite(one)  # NaN is no silence: such an item is not to be left out
                 kept &= has_code(one)
     return np.flatnonzero(kept)
 

@@ -16,6 +16,10 @@ from sae_apps.experts.use import ExpertUse
 from sae_core.errors import UserError
 from sae_core.features import shape_of
 
+_CONSTANT = (
+    1e-12  # of the squares: what the rounding of float32 sums leaves of equal use, with room
+)
+
 
 def correlated_experts(
     use: ExpertUse, score: Sequence[float], threshold: float, *, min_tokens: int = 20
@@ -47,9 +51,10 @@ def correlated_experts(
     mean = sparse.csr_array(sparse.diags_array(1 / use.n_tokens[kept]) @ use.weight[kept])
     total = np.asarray(mean.sum(0)).ravel()
     squares = np.asarray(mean.multiply(mean).sum(0)).ravel()
-    spread = np.sqrt(np.maximum(squares - total**2 / n, 0) * (value @ value))
+    around = np.maximum(squares - total**2 / n, 0)
+    spread = np.sqrt(around * (value @ value))
     often = np.asarray(use.count.sum(0)).ravel() >= min_tokens
-    defined = often & (spread > 1e-12 * max(1.0, float(squares.max(initial=0))))
+    defined = often & (around > _CONSTANT * squares)
     r = np.zeros(shape_of(use.weight)[1])
     np.divide(mean.T @ value, spread, out=r, where=defined)
     return np.flatnonzero(r >= threshold), r

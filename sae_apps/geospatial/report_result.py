@@ -119,7 +119,8 @@ def leading_table(
     """The n features of the largest I with the places that excite them.
 
     ``label_share`` is the part of the feature's summed activation that lies in ``label``, the label
-    with the largest such part; ``label_base`` the part of all places that bear it.
+    with the largest such part; ``label_base`` the part of all places that bear it. Places without
+    a label count in the sums, but are no label.
     """
     is_tested = table["status"].to_numpy(zero_copy_only=False) == "ok"
     index = np.where(is_tested, np.nan_to_num(table["I"].to_numpy(), nan=-np.inf), -np.inf)
@@ -148,14 +149,15 @@ _EMPTY = pa.schema([("feature", pa.int64()), ("I", pa.float64()), ("verdict", pa
 
 
 def _label_of(values: np.ndarray, labels: list[Any] | None) -> dict[str, Any]:
-    if labels is None or not values.sum() > 0:
+    has_label = np.array([one is not None for one in labels or ()], dtype=bool)
+    if labels is None or not values[has_label].sum() > 0:
         return {"label": None, "label_share": None, "label_base": None}
-    names = np.array([str(one) for one in labels])
+    names = np.array([str(one) for one in labels if one is not None])
     known, code = np.unique(names, return_inverse=True)
-    mass = np.bincount(code, weights=values) / values.sum()
+    mass = np.bincount(code, weights=values[has_label]) / values.sum()
     best = int(mass.argmax())
     return {
         "label": str(known[best]),
         "label_share": float(mass[best]),
-        "label_base": float((code == best).mean()),
+        "label_base": float((code == best).sum() / len(values)),
     }

@@ -73,7 +73,11 @@ def parse_budget(budget: Budget | float | int | str) -> Budget:
     wanted = f'Expected a budget like 0.05, "5%", 1000 or "200k tokens", got {budget!r}.'
     if isinstance(budget, bool) or not isinstance(budget, int | float | str | np.number):
         raise UserError(wanted)
-    found = _AMOUNT.fullmatch(str(budget))
+    # str writes fractions below 0.0001 with an exponent
+    is_real = isinstance(budget, float | np.floating)
+    found = _AMOUNT.fullmatch(
+        np.format_float_positional(budget, trim="0") if is_real else str(budget)
+    )
     if not found:
         raise UserError(wanted)
     number, many, unit = found[1].replace("_", "").replace(",", ""), found[2].lower(), found[3]
