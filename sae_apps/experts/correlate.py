@@ -16,9 +16,7 @@ from sae_apps.experts.use import ExpertUse
 from sae_core.errors import UserError
 from sae_core.features import shape_of
 
-_CONSTANT = (
-    1e-12  # of the squares: what the rounding of float32 sums leaves of equal use, with room
-)
+_CONSTANT = 1e-12  # of the squares: what float32 sums leave of equal use, with room
 
 
 def correlated_experts(
