@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from sae_apps.suppression import fit as fit_module
 from sae_apps.suppression.app import App, load_app, save_app
 from sae_apps.suppression.bins import bin_of
-from sae_apps.suppression.calibration import CalibrationSums, class_weights
+from sae_apps.suppression.calibration import CalibrationSums, calibration_of, class_weights
 from sae_apps.suppression.choice import separation
 from sae_apps.suppression.fit import Fit, FitConfig, _train_texts, fit_app, fit_report
+from sae_apps.suppression.posterior import log_odds
 from sae_apps.suppression.reader import read_latents
 from sae_apps.suppression.suppress import suppress
 from sae_apps.suppression.tokens import TokenValues, histogram_of
@@ -223,6 +225,33 @@ def test_posteriors_of_held_out_tokens_beat_the_prior(fit: Fit) -> None:
     assert quality.gate_loss < 0.8 * quality.prior_loss
     assert quality.weight.sum() == pytest.approx(1)
     assert fit.n_texts == {"sad": 48, "happy": 48, "background": 48}
+
+
+def test_the_temperature_is_that_of_the_units_that_stay(
+    tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def spy(blocks: Any, tables: Any, index: np.ndarray, *rest: Any) -> Any:
+        found = calibration_of(blocks, tables, index, *rest)
+        calls.append((tables, index, found))
+        return found
+
+    monkeypatch.setattr(fit_module, "calibration_of", spy)
+    rng = np.random.default_rng(0)  # few of the labels say anything
+    labels = [one if i % 4 == 0 else str(rng.choice(LABELS)) for i, one in enumerate(LABELS)]
+    fit = fit_report(
+        tiny_lm, None, TEXTS, labels, "sad", hook_point=POINT, kind="residual",
+        config=replace(QUICK, significance=1.0, gate="joint"),
+    )  # fmt: skip
+    assert fit.dropped > 0 and fit.app.units.n_units > 1, "some go, some stay"
+    tables, index, quality = calls[-1]
+    assert index.tolist() == fit.app.units.index.tolist()
+    evidence = quality.temperature * log_odds(tables, ["sad"])
+    np.testing.assert_allclose(fit.app.evidence, evidence, rtol=1e-5)
+    assert fit.calibration is not None
+    assert fit.calibration.gate_loss == quality.gate_loss
+    assert len(fit.calibration.loss) == fit.dropped + fit.app.units.n_units
 
 
 def test_saved_apps_make_the_same_edit(tiny_lm: LanguageModel, fit: Fit, tmp_path: Path) -> None:
