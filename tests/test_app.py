@@ -381,6 +381,12 @@ def test_bad_input_is_refused(tiny_lm: LanguageModel, tmp_path: Path) -> None:
             fit_app(tiny_lm, sae, texts, labels, concept, config=QUICK, **settings)
     with pytest.raises(UserError, match="held_out_frac above 0"):
         FitConfig(gate="joint", held_out_frac=0)
+    with pytest.raises(
+        UserError, match=r"at least 19 for a significance of 0.05, got 18: .* 0.053"
+    ):
+        FitConfig(permutations=18)  # no unit could pass, and the App would be empty
+    for least, significance in ((19, 0.05), (99, 0.01), (1, 1.0)):
+        assert FitConfig(permutations=least, significance=significance).permutations == least
 
 
 def test_held_out_texts_keep_their_groups_together() -> None:

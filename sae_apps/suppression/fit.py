@@ -8,6 +8,7 @@ values lie on disk until the fit is done (``scratch``), so that memory does not 
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,12 @@ class FitConfig:
                 raise UserError(f"Expected {name} of at least {least}, got {getattr(self, name)}.")
         if not 0 < self.significance <= 1:
             raise UserError(f"Expected a significance in (0, 1], got {self.significance}.")
+        if (least_p := 1 / (1 + self.permutations)) > self.significance:
+            raise UserError(
+                f"Expected permutations of at least {ceil(1 / self.significance - 1e-9) - 1} for a "
+                f"significance of {self.significance:g}, got {self.permutations}: no p-value is "
+                f"below {least_p:.2g}."
+            )
         if not 0 <= self.held_out_frac < 1:
             raise UserError(f"Expected held_out_frac in [0, 1), got {self.held_out_frac}.")
         if self.gate == "joint" and self.held_out_frac == 0:
