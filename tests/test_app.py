@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from sae_apps.suppression import fit as fit_module
 from sae_apps.suppression.app import App, load_app, save_app
 from sae_apps.suppression.bins import bin_of
-from sae_apps.suppression.calibration import CalibrationSums, class_weights
+from sae_apps.suppression.calibration import CalibrationSums, calibration_of, class_weights
 from sae_apps.suppression.choice import separation
 from sae_apps.suppression.fit import Fit, FitConfig, _train_texts, fit_app, fit_report
+from sae_apps.suppression.posterior import log_odds
 from sae_apps.suppression.reader import read_latents
 from sae_apps.suppression.suppress import suppress
 from sae_apps.suppression.tokens import TokenValues, histogram_of
@@ -225,6 +227,33 @@ def test_posteriors_of_held_out_tokens_beat_the_prior(fit: Fit) -> None:
     assert fit.n_texts == {"sad": 48, "happy": 48, "background": 48}
 
 
+def test_the_temperature_is_that_of_the_units_that_stay(
+    tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def spy(blocks: Any, tables: Any, index: np.ndarray, *rest: Any) -> Any:
+        found = calibration_of(blocks, tables, index, *rest)
+        calls.append((tables, index, found))
+        return found
+
+    monkeypatch.setattr(fit_module, "calibration_of", spy)
+    rng = np.random.default_rng(0)  # few of the labels say anything
+    labels = [one if i % 4 == 0 else str(rng.choice(LABELS)) for i, one in enumerate(LABELS)]
+    fit = fit_report(
+        tiny_lm, None, TEXTS, labels, "sad", hook_point=POINT, kind="residual",
+        config=replace(QUICK, significance=1.0, gate="joint"),
+    )  # fmt: skip
+    assert fit.dropped > 0 and fit.app.units.n_units > 1, "some go, some stay"
+    tables, index, quality = calls[-1]
+    assert index.tolist() == fit.app.units.index.tolist()
+    evidence = quality.temperature * log_odds(tables, ["sad"])
+    np.testing.assert_allclose(fit.app.evidence, evidence, rtol=1e-5)
+    assert fit.calibration is not None
+    assert fit.calibration.gate_loss == quality.gate_loss
+    assert len(fit.calibration.loss) == fit.dropped + fit.app.units.n_units
+
+
 def test_saved_apps_make_the_same_edit(tiny_lm: LanguageModel, fit: Fit, tmp_path: Path) -> None:
     latents = app_of(tiny_lm, gate="joint", strength=2.0)
     for number, app in enumerate((fit.app, latents)):
@@ -352,6 +381,12 @@ def test_bad_input_is_refused(tiny_lm: LanguageModel, tmp_path: Path) -> None:
             fit_app(tiny_lm, sae, texts, labels, concept, config=QUICK, **settings)
     with pytest.raises(UserError, match="held_out_frac above 0"):
         FitConfig(gate="joint", held_out_frac=0)
+    with pytest.raises(
+        UserError, match=r"at least 19 for a significance of 0.05, got 18: .* 0.053"
+    ):
+        FitConfig(permutations=18)  # no unit could pass, and the App would be empty
+    for least, significance in ((19, 0.05), (99, 0.01), (1, 1.0)):
+        assert FitConfig(permutations=least, significance=significance).permutations == least
 
 
 def test_held_out_texts_keep_their_groups_together() -> None:

@@ -2,12 +2,13 @@
 
 Every kept token inherits the label of its text. Four fifths of the texts of each class choose the
 units and fill the histograms; the rest drops units whose posterior predicts no better than the
-prior, fits the temperature of the joint gate and calibrates. The model runs once; its values lie on
-disk until the fit is done (``scratch``), so that memory does not grow with the texts.
+prior, fits the temperature of the joint gate of the others and calibrates. The model runs once; its
+values lie on disk until the fit is done (``scratch``), so that memory does not grow with the texts.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,12 @@ class FitConfig:
                 raise UserError(f"Expected {name} of at least {least}, got {getattr(self, name)}.")
         if not 0 < self.significance <= 1:
             raise UserError(f"Expected a significance in (0, 1], got {self.significance}.")
+        if (least_p := 1 / (1 + self.permutations)) > self.significance:
+            raise UserError(
+                f"Expected permutations of at least {ceil(1 / self.significance - 1e-9) - 1} for a "
+                f"significance of {self.significance:g}, got {self.permutations}: no p-value is "
+                f"below {least_p:.2g}."
+            )
         if not 0 <= self.held_out_frac < 1:
             raise UserError(f"Expected held_out_frac in [0, 1), got {self.held_out_frac}.")
         if self.gate == "joint" and self.held_out_frac == 0:
@@ -90,7 +97,8 @@ class Fit:
     separation: Separation
     """Of all units."""
     calibration: Calibration | None
-    """Of the chosen units on held-out texts, before units were dropped."""
+    """On held-out texts: the loss of every chosen unit, those dropped included, and the joint gate
+    of the units that are left."""
     dropped: int
     """Chosen units that predicted held-out tokens no better than the prior."""
     n_texts: dict[str, int]
@@ -164,12 +172,17 @@ def fit_report(
             fitted, hist, label, train, concepts, permutations=config.permutations, rng=rng
         )
         index = found.best(config.n_units, config.significance, two_sided=units.two_sided)
-        tables, quality = posterior_tables(_rows(hist, index), config.prior), None
-        if len(index):
-            quality = calibration_of(held_out, tables, index, label, concepts)
-    kept = np.ones(len(index), dtype=bool)
-    if quality is not None:
-        kept = quality.loss < quality.prior_loss
+
+        def calibrated(some: Int[np.ndarray, " u"]) -> Calibration | None:
+            tables = posterior_tables(_rows(hist, some), config.prior)
+            return calibration_of(held_out, tables, some, label, concepts) if len(some) else None
+
+        quality, kept = calibrated(index), np.ones(len(index), dtype=bool)
+        if quality is not None:
+            kept = quality.loss < quality.prior_loss
+            # the temperature is one of the units that stay: each that goes takes evidence away
+            gate = quality if kept.all() else calibrated(index[kept])
+            quality = replace(gate or quality, loss=quality.loss)
     app = _assemble(units, lm, _rows(hist, index[kept]), index[kept], quality, concepts, config)
     counts = {name: int((label == i).sum()) for i, name in enumerate(classes)}
     return Fit(app, found, quality, int((~kept).sum()), counts)
