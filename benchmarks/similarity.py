@@ -42,7 +42,7 @@ from sae_core.features import shape_of
 K = 10
 GOAL_ROWS = 1_000_000
 CODES = {"reduced": (20_000, 128), "full": (50_000, 256)}  # rows, targets
-SCALE = {"reduced": (200_000, 1_000, 128), "full": (GOAL_ROWS, 10_000, 256)}  # ..., timed exactly
+SCALE = {"reduced": (200_000, 1_000, 128), "full": (GOAL_ROWS, 10_000, 1024)}  # ..., timed exactly
 FIT_ROWS = 4096  # of the part scale: more than the default, as a pool of that size deserves
 # method, dims or bits, factory, further settings
 SEARCHES: tuple[tuple[str, int, str, dict[str, Any]], ...] = (

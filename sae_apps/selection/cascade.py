@@ -22,7 +22,7 @@ from scipy import sparse
 from sae_apps.selection.rerank import Part, best, exact_scores
 
 PROBE, SPREAD = 64, 32
-MISS = 1e-4
+MISS = 1e-3
 
 
 class Found(NamedTuple):

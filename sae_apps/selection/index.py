@@ -148,7 +148,7 @@ class SparseIndex:
         Args:
             queries: [q, d_sae], canonical CSR in float32.
             n_candidates: rows that FAISS hands over for each query, of which those are scored
-                exactly that may be among the k best; None: 50 k, at least 1,000. More find more of
+                exactly that may be among the k best; None: 50 k, at least 2,000. More find more of
                 the true neighbours.
             recall_sample: queries whose exact neighbours are searched as well, for the recall;
                 each costs a pass over all rows. Drawn with the seed of the index.
@@ -162,7 +162,7 @@ class SparseIndex:
             raise UserError("Expected at least one query, got none.")
         if not 1 <= k <= n:
             raise UserError(f"Expected k between 1 and {n}, the rows of the index, got {k}.")
-        wanted = max(1000, 50 * k) if n_candidates is None else n_candidates
+        wanted = max(2000, 50 * k) if n_candidates is None else n_candidates
         if wanted < k:
             raise UserError(f"Expected n_candidates of at least k = {k}, got {wanted}.")
         wanted = min(wanted, n)

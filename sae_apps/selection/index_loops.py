@@ -7,7 +7,7 @@ are the caller's.
 
 import numpy as np
 
-from sae_apps.selection.jit import PRODUCT, REORDER, jit
+from sae_apps.selection.jit import PRODUCT, REORDER, jit, prefetch
 from sae_apps.selection.jit import add_row as _add_row
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # the constants of splitmix64 (Steele, Lea, Flood 2014)
@@ -21,6 +21,7 @@ _ONE, _U16, _U56, _LOW = np.uint64(1), np.uint64(16), np.uint64(56), np.uint64(0
 _OPEN = np.uint32(0x7F800000)  # the bits of an infinite float32: a bucket without a dart
 _EVEN, _BIT0, _TOP = np.uint32(0xFFFFFFFE), np.uint32(1), np.uint32(31)
 _C1, _C2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)  # murmur3 (Appleby)
+_LINE, _AHEAD = 16, 64  # nonzeros in a line of the cache; of the next row, asked for at once
 _LOWEST = np.finfo(np.float32).min  # as FAISS's, of a place that was not found
 RANKS, GROUPS = 6.0, 8  # from stage to stage: the ranks reach so much further, groups grow so much
 
@@ -215,16 +216,21 @@ def score_candidates(  # noqa: ANN201
         c = places[q]
         while c < rows.shape[1] and rows[q, c] < last:
             row = rows[q, c] - offset
-            index, value = (
-                indices[indptr[row] : indptr[row + 1]],
-                data[indptr[row] : indptr[row + 1]],
-            )
+            after = min(c + 1, rows.shape[1] - 1)  # its row is on its way while this one is summed
+            ahead = indptr[min(rows[q, after], last - 1) - offset]
             shared, norm = 0.0, 0.0
-            for j in range(len(index)):
-                # unsigned: numba would else allow for negative indices, at twice the time
-                a, b = value[j], dense[np.uint32(index[j])]
-                shared += np.float64(a if a < b else b)
-                norm += np.float64(a)
+            for first in range(indptr[row], indptr[row + 1], _AHEAD):
+                end = min(first + _AHEAD, indptr[row + 1])
+                for k in range(0, _AHEAD, _LINE):
+                    prefetch(indices, np.int64(ahead + k))
+                    prefetch(data, np.int64(ahead + k))
+                ahead += _AHEAD
+                index, value = indices[first:end], data[first:end]
+                for j in range(len(index)):
+                    # unsigned: numba would else allow for negative indices, at twice the time
+                    a, b = value[j], dense[np.uint32(index[j])]
+                    shared += np.float64(a if a < b else b)
+                    norm += np.float64(a)
             below = own + norm - shared
             out[q, c] = shared / below if below > 0 else 0.0
             c += 1

@@ -1,4 +1,4 @@
-"""How loops over sparse rows are compiled: where the code is kept, and three pieces of LLVM.
+"""How loops over sparse rows are compiled: where the code is kept, and four pieces of LLVM.
 
 numba (extra ``cpu``) compiles; the modules that use this one are imported only where it is present.
 """
@@ -98,5 +98,21 @@ def _type_pick(typing_context, array, place):  # noqa: ANN001, ANN202
     return array.dtype(array, types.int32), emit
 
 
+def _type_prefetch(typing_context, array, place):  # noqa: ANN001, ANN202
+    """Ask for the cache line of array[place], which need not be there, before it is used."""
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        start = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        builder.call(ask, [start, flag(0), flag(3), flag(1)])  # to read, into all caches, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
+
+
 clamped: Any = intrinsic(_type_clamped)
+prefetch: Any = intrinsic(_type_prefetch)
 pick: Any = intrinsic(_type_pick)
