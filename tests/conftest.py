@@ -1,6 +1,8 @@
 """Fixtures and settings of all tests: offline, few threads, the same examples in every run."""
 
 import os
+import random
+import zlib
 
 # Before torch and transformers are imported, and inherited by every process a test starts. One
 # thread: small matrices gain nothing from more, and a busy machine loses much by waiting for them.
@@ -11,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -27,6 +30,15 @@ if not torch.cuda.is_available():  # before triton is imported, by whomever: its
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Every test, and the fixtures made for it, draw from a seed of the test's own."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from scipy import sparse
 
 from sae_apps.selection.projection import METHODS as PROJECTIONS
 from sae_apps.selection.projection import POWER, Method, Projection, fit_projection
+from sae_apps.selection.refine import fine_codes, refined
 from sae_apps.selection.sketch import WeightedMinHash
 from sae_core.errors import CorruptFileError, UserError
 from sae_core.extras import require
@@ -137,12 +138,17 @@ class Codes:
         """
         faiss = require("faiss", "cpu")
         _set_effort(faiss, self.index, config)
+        fine = fine_codes(faiss, self.index)
         found = np.empty((shape_of(queries)[0], n), dtype=np.int64)
         near = np.empty(found.shape, dtype=np.float32)
         sign = -1 if isinstance(self.encoder, WeightedMinHash) else 1
         for start in range(0, len(found), _SEARCH_BLOCK):
             part = slice(start, start + _SEARCH_BLOCK)
-            values, found[part] = self.index.search(self.encode(queries[part]), n)
+            vectors = self.encode(queries[part])
+            if fine is None:
+                values, found[part] = self.index.search(vectors, n)
+            else:
+                values, found[part] = refined(*fine, vectors, n, config.oversample)
             near[part] = sign * values
         if found.size and found.max() >= self.n_rows:  # compiled loops trust them
             raise CorruptFileError(

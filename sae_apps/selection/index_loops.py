@@ -21,6 +21,7 @@ _ONE, _U16, _U56, _LOW = np.uint64(1), np.uint64(16), np.uint64(56), np.uint64(0
 _OPEN = np.uint32(0x7F800000)  # the bits of an infinite float32: a bucket without a dart
 _EVEN, _BIT0, _TOP = np.uint32(0xFFFFFFFE), np.uint32(1), np.uint32(31)
 _C1, _C2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)  # murmur3 (Appleby)
+_LOWEST = np.finfo(np.float32).min  # as FAISS's, of a place that was not found
 RANKS, GROUPS = 6.0, 8  # from stage to stage: the ranks reach so much further, groups grow so much
 
 
@@ -229,3 +230,37 @@ def score_candidates(  # noqa: ANN201
             c += 1
         places[q] = c
         dense[q_indices[span]] = 0
+
+
+@jit(fastmath=REORDER)
+def _product(weights, code):  # noqa: ANN001, ANN202
+    total = np.float32(0)
+    for j in range(len(weights)):
+        total += weights[j] * np.float32(code[j])
+    return total
+
+
+@jit(fastmath=REORDER)
+def code_products(codes, weights, constants, places, out):  # noqa: ANN001, ANN201
+    """out[q, c] = constants[q] + weights[q] . codes[places[q, c]]; the lowest float32 for place -1.
+
+    ``codes`` uint8 [n, dims], ``weights`` [q, dims]; places are below n. Four rows of codes are
+    read at once: one alone waits for memory most of the time.
+    """
+    for q in range(len(places)):
+        weight, row, n = weights[q], places[q], places.shape[1]
+        for i in range(0, n - n % 4, 4):
+            one, two = codes[max(row[i], 0)], codes[max(row[i + 1], 0)]
+            three, four = codes[max(row[i + 2], 0)], codes[max(row[i + 3], 0)]
+            a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for j in range(len(weight)):
+                w = weight[j]
+                a += w * np.float32(one[j])
+                b += w * np.float32(two[j])
+                c += w * np.float32(three[j])
+                d += w * np.float32(four[j])
+            out[q, i], out[q, i + 1], out[q, i + 2], out[q, i + 3] = a, b, c, d
+        for i in range(n - n % 4, n):
+            out[q, i] = _product(weight, codes[max(row[i], 0)])
+        for i in range(n):
+            out[q, i] = out[q, i] + constants[q] if row[i] >= 0 else _LOWEST
