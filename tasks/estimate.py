@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_core.errors import UserError
 
-from .cached import is_model_cached, open_cached
+from .cached import absent_model, open_cached
 from .common import size, token_count
 from .processes import n_processes, shares
 from .progress import duration
@@ -180,9 +180,8 @@ def estimate_features(
 
     model = replace(run.settings.model, name=options.model or run.settings.model.name)
     report: dict[str, Any] = {"missing": [], "stored_tokens": None}
-    if not is_model_cached(model.name):
-        report["missing"].append(f"the model {model.name} is not on this machine yet")
-        return report
+    if missing := absent_model(model.name):
+        return report | {"missing": missing}
     lm = open_model(model)
     tokens = count_tokens(lm.tokenizer, source, run.settings.harvest)
     probe = list(islice(source, PROBE_ROWS))

@@ -76,10 +76,9 @@ class Plan:
 
 def absent(asked: Asked) -> list[str]:
     """What is not on this machine yet, so that an estimate would have to download it."""
-    from .cached import is_model_cached
+    from .cached import absent_model
 
-    name = asked.chosen.model or open_run(asked.chosen.run).settings.model.name
-    return [] if is_model_cached(name) else [f"the model {name} is not on this machine yet"]
+    return absent_model(asked.chosen.model or open_run(asked.chosen.run).settings.model.name)
 
 
 def make_plan(asked: Asked) -> Plan:
