@@ -191,6 +191,19 @@ def test_train_from_a_configuration_file_and_json(
     assert weights(tmp_path / "x") == weights(finished)
 
 
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_preset_in_a_configuration_file_counts(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: paper_main\ntrain: {gba: {ltf: 0.002}}\n")
+    assert main([command, "--config", str(file), "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "rule: published" in text and "ltf: 0.002" in text  # of the preset and of the file
+    assert main([command, "--config", str(file), "--preset", "ba", "--print-config"]) == 0
+    assert "n_groups: 1\n" in capsys.readouterr().out  # the last one named
+
+
 def test_preset_is_a_default_that_flags_override(tmp_path: Path) -> None:
     from sae_apps.tasks.train import parse
 
