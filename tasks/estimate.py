@@ -167,7 +167,11 @@ def add_costs(report: dict[str, Any], settings: "TrainSettings", lm: "LanguageMo
 
 
 def estimate_features(
-    run: "FinishedRun", source: "TextSource", options: "FeaturizeOptions"
+    run: "FinishedRun",
+    source: "TextSource",
+    options: "FeaturizeOptions",
+    *,
+    accept_terms: bool = False,
 ) -> dict[str, Any]:
     """Tokens and time of featurizing a text; the disk depends on how many latents fire.
 
@@ -182,7 +186,7 @@ def estimate_features(
     report: dict[str, Any] = {"missing": [], "stored_tokens": None}
     if missing := absent_model(model.name):
         return report | {"missing": missing}
-    lm = open_model(model)
+    lm = open_model(model, accept_terms=accept_terms)
     tokens = count_tokens(lm.tokenizer, source, run.settings.harvest)
     probe = list(islice(source, PROBE_ROWS))
     rate, widths = forward_rate(lm, probe, [run.hook_point], run.settings.harvest)
