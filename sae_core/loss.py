@@ -10,6 +10,7 @@ gba:       nothing: sparsity is the controller's
 """
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,8 +44,15 @@ class SparsityConfig:
     """Tokens of silence that make a latent dead (None: a tenth of the run, at most 10M)."""
 
     def __post_init__(self) -> None:
-        if self.bandwidth <= 0:
+        if not 0 < self.bandwidth < inf:
             raise UserError(f"bandwidth must be positive, got {self.bandwidth}.")
+        for name in ("l1", "l1_rate", "penalty", "auxk"):
+            if not 0 <= getattr(self, name) < inf:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("auxk_k", "dead_after_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")
 
 
 def reconstruction_loss(

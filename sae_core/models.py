@@ -5,7 +5,6 @@ nothing is unpickled and no code of a model repository runs. A GGUF is decoded o
 safetensors folder in the user's cache; from then on loading takes about a second and no network.
 """
 
-import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,13 +25,14 @@ from sae_core.weights import (
     assemble_gguf,
     cached_conversion,
     check_gguf,
+    nearest_embedded,
     need_packages,
+    refuse_misspelt,
 )
 
 __all__ = ["DEFAULT_MODEL", "DTYPES", "EMBEDDED", "LanguageModel", "load_model"]
 _LOG = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TYPO = 0.6  # likeness from which a bare name is a misspelt embedded one; "gpt2" has 0.25
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 
 
@@ -106,23 +106,15 @@ def load_model(
         folder, revision = _gguf_folder(path, cache)
     elif path.is_dir():
         folder, revision = path, _weights_revision(path)
-    elif _looks_like_path(name):
-        raise UserError(f"File not found: expected a model folder or .gguf at {path}, got nothing.")
-    elif "/" not in name and _nearest(name, _TYPO):
-        raise UserError(
-            f"Unknown model {name!r}: did you mean {' or '.join(_nearest(name, _TYPO))}? "
-            "It is neither an embedded name, nor an existing path, nor of the form owner/name."
-        )
     else:
+        refuse_misspelt(name)
         folder, revision = None, ""
     with _translated(name, is_local=folder is not None), _no_progress_bars():
         source = str(folder or name)
-        model, tokenizer = _from_pretrained(source, dtype, folder is not None)
-    if not revision:
-        revision = str(getattr(model.config, "_commit_hash", None) or "unknown")
+        model, tokenizer, commit = _from_pretrained(source, dtype, folder is not None)
     _ensure_pad_token(tokenizer, name)
     model = model.to(device).eval().requires_grad_(False)
-    return LanguageModel(model, tokenizer, name, revision)
+    return LanguageModel(model, tokenizer, name, revision or commit or "unknown")
 
 
 def _check_target(dtype: torch.dtype, device: str) -> None:
@@ -138,7 +130,10 @@ def _check_target(dtype: torch.dtype, device: str) -> None:
         ) from error
 
 
-def _from_pretrained(source: str, dtype: torch.dtype, is_local: bool) -> tuple[Any, Any]:
+def _from_pretrained(
+    source: str, dtype: torch.dtype, is_local: bool
+) -> tuple[Any, Any, str | None]:
+    """Model, tokenizer and, of a hub id, the commit that both are of."""
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -148,6 +143,9 @@ def _from_pretrained(source: str, dtype: torch.dtype, is_local: bool) -> tuple[A
 
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": is_local}
     is_monet = register_if_monet(source, common)
+    commit = None if is_local else _hub_commit(source)
+    if commit:  # what is pushed in between does not come in
+        common["revision"] = commit
     AutoConfig.from_pretrained(source, **common)  # refuses remote code before a weight is fetched
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
@@ -167,7 +165,16 @@ def _from_pretrained(source: str, dtype: torch.dtype, is_local: bool) -> tuple[A
         )
     if is_monet:
         refuse_extra(source, info)
-    return model, tokenizer
+    return model, tokenizer, commit
+
+
+def _hub_commit(name: str) -> str | None:
+    """The commit of the config.json that was just read, from its place in the hub's cache,
+    ``snapshots/COMMIT/config.json``: the configuration of transformers 5.23 does not tell it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _ensure_pad_token(tokenizer: Any, name: str) -> None:
@@ -215,19 +222,10 @@ def _translated(name: str, is_local: bool) -> Iterator[None]:
         if is_local:
             raise UserError(f"Cannot load a causal language model from {name}: {reason}") from error
         raise UserError(
-            f"Unknown model {name!r}: the nearest embedded names are {', '.join(_nearest(name))}; "
+            f"Unknown model {name!r}: the nearest embedded names are "
+            f"{', '.join(nearest_embedded(name))}; "
             f"it is no existing path, and the hub gave no safetensors model of that id: {reason}"
         ) from error
-
-
-def _nearest(name: str, cutoff: float = 0.0) -> list[str]:
-    """Embedded names by likeness, the most alike first."""
-    return difflib.get_close_matches(name.lower().split("/")[-1], EMBEDDED, cutoff=cutoff)
-
-
-def _looks_like_path(name: str) -> bool:
-    rooted = name.startswith(("/", "./", "../", "~")) or name in (".", "..")
-    return rooted or name.count("/") > 1 or name.lower().endswith((".gguf", ".safetensors"))
 
 
 def _weights_revision(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """Configuration and state of one training run: what a checkpoint must hold beside the weights."""
 
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from typing import Literal, get_args
 
 import torch
@@ -55,9 +55,14 @@ class TrainConfig:
                 f"steps, batch_size and log_every must be at least 1, got {self.steps}, "
                 f"{self.batch_size} and {self.log_every}."
             )
+        if self.lr is not None and not 0 < self.lr < inf:
+            raise UserError(f"lr must be a number above 0, got {self.lr}.")
+        if self.init_tokens < 1:
+            raise UserError(f"init_tokens must be at least 1, got {self.init_tokens}.")
         if self.precision not in (known := get_args(Precision)):
             raise UserError(f"precision must be one of {', '.join(known)}, got {self.precision!r}.")
-        if self.warmup_frac < 0 or self.decay_frac < 0 or self.warmup_frac + self.decay_frac > 1:
+        parts = (self.warmup_frac, self.decay_frac)
+        if not (min(parts) >= 0 and sum(parts) <= 1):  # so that NaN is refused
             raise UserError(
                 f"warmup_frac and decay_frac must be shares that sum to at most 1, got "
                 f"{self.warmup_frac} and {self.decay_frac}."

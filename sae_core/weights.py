@@ -5,6 +5,7 @@ file. It is written under a temporary name and renamed into place, so that a kil
 process at the same time cannot leave a part of it.
 """
 
+import difflib
 import errno
 import importlib.util
 import json
@@ -21,6 +22,7 @@ from sae_core.errors import CorruptFileError, MissingExtraError, UserError
 _LOG = logging.getLogger(__name__)
 DEFAULT_MODEL = "smollm2-135m"
 _MARKER = "converted.json"
+_TYPO = 0.6  # likeness from which a bare name is a misspelt embedded one; "gpt2" has 0.25
 _GEMMA_TERMS = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms, which restrict its use"
@@ -79,6 +81,35 @@ EMBEDDED = {
         terms=_GEMMA_TERMS,
     ),
 }
+
+
+def refuse_misspelt(name: str) -> None:
+    """Refuse, without the network, a name that is neither embedded nor a path that exists and can
+    be no hub id.
+
+    Raises:
+        UserError: it looks like a path, or like an embedded name with a typing error.
+    """
+    path = Path(name).expanduser()
+    if name in EMBEDDED or path.exists():
+        return
+    if _looks_like_path(name):
+        raise UserError(f"File not found: expected a model folder or .gguf at {path}, got nothing.")
+    if "/" not in name and nearest_embedded(name, _TYPO):
+        raise UserError(
+            f"Unknown model {name!r}: did you mean {' or '.join(nearest_embedded(name, _TYPO))}? "
+            "It is neither an embedded name, nor an existing path, nor of the form owner/name."
+        )
+
+
+def nearest_embedded(name: str, cutoff: float = 0.0) -> list[str]:
+    """Embedded names by likeness, the most alike first."""
+    return difflib.get_close_matches(name.lower().split("/")[-1], EMBEDDED, cutoff=cutoff)
+
+
+def _looks_like_path(name: str) -> bool:
+    rooted = name.startswith(("/", "./", "../", "~")) or name in (".", "..")
+    return rooted or name.count("/") > 1 or name.lower().endswith((".gguf", ".safetensors"))
 
 
 def assemble_gguf(name: str, spec: EmbeddedModel, temp: Path) -> Path:

@@ -24,6 +24,7 @@ from sae_core.metrics import evaluating
 from sae_core.records import read_records
 from sae_core.store import atomic_folder
 from sae_core.text import rows_from_texts
+from sae_core.weights import refuse_misspelt
 
 from .common import plain, to_json
 from .featurize import FinishedRun, open_run
@@ -72,6 +73,8 @@ def make_plan(chosen: "AlignOptions", *, accept_terms: bool = False) -> Plan:
         UserError: anything that is missing or does not fit, before the model is read.
     """
     finished_run = open_run(chosen.run)
+    if chosen.model:
+        refuse_misspelt(chosen.model)
     if not chosen.items:
         raise UserError("Expected a file of items, got none: add --items FILE.")
     path = Path(chosen.items)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_core.errors import UserError
 
-from .cached import is_model_cached, open_cached
+from .cached import absent_model, open_cached
 from .common import size, token_count
 from .processes import n_processes, shares
 from .progress import duration
@@ -167,7 +167,11 @@ def add_costs(report: dict[str, Any], settings: "TrainSettings", lm: "LanguageMo
 
 
 def estimate_features(
-    run: "FinishedRun", source: "TextSource", options: "FeaturizeOptions"
+    run: "FinishedRun",
+    source: "TextSource",
+    options: "FeaturizeOptions",
+    *,
+    accept_terms: bool = False,
 ) -> dict[str, Any]:
     """Tokens and time of featurizing a text; the disk depends on how many latents fire.
 
@@ -180,10 +184,9 @@ def estimate_features(
 
     model = replace(run.settings.model, name=options.model or run.settings.model.name)
     report: dict[str, Any] = {"missing": [], "stored_tokens": None}
-    if not is_model_cached(model.name):
-        report["missing"].append(f"the model {model.name} is not on this machine yet")
-        return report
-    lm = open_model(model)
+    if missing := absent_model(model.name):
+        return report | {"missing": missing}
+    lm = open_model(model, accept_terms=accept_terms)
     tokens = count_tokens(lm.tokenizer, source, run.settings.harvest)
     probe = list(islice(source, PROBE_ROWS))
     rate, widths = forward_rate(lm, probe, [run.hook_point], run.settings.harvest)

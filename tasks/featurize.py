@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
         source = stored_rows(run) if chosen.stored else limited(text, chosen.rows)
         out = Path(chosen.out) if chosen.out else run.folder.path / "features"
         if options.dry_run:
-            report = estimate_features(run, source, chosen)
+            report = estimate_features(run, source, chosen, accept_terms=options.accept_terms)
             return report, estimate_text(report)
         features = featurize_run(
             run,

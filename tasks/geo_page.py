@@ -102,7 +102,7 @@ def _feature(one: Mapping[str, Any], lisa: "pa.Table", plan: "Plan") -> "MapFeat
 
 
 def _facts(plan: "Plan", summary: Mapping[str, Any]) -> dict[str, str]:
-    from .geo_run import local_permutations
+    from .geo_plan import local_permutations
 
     test, nulls = plan.asked.test, summary["how"]["nulls"]
     local = (

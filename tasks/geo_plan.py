@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from .featurize import FinishedRun, open_run
 from .select_files import digest
 
 if TYPE_CHECKING:
+    from sae_apps.geospatial.report import Nulls
     from sae_apps.selection.encoder import Encoder
 
     from .geo import GeoOptions, MoranOptions, NeighbourOptions, PlaceOptions
@@ -76,10 +77,9 @@ class Plan:
 
 def absent(asked: Asked) -> list[str]:
     """What is not on this machine yet, so that an estimate would have to download it."""
-    from .cached import is_model_cached
+    from .cached import absent_model
 
-    name = asked.chosen.model or open_run(asked.chosen.run).settings.model.name
-    return [] if is_model_cached(name) else [f"the model {name} is not on this machine yet"]
+    return absent_model(asked.chosen.model or open_run(asked.chosen.run).settings.model.name)
 
 
 def make_plan(asked: Asked) -> Plan:
@@ -92,6 +92,7 @@ def make_plan(asked: Asked) -> Plan:
     finished = open_run(chosen.run)
     if not chosen.places:
         raise UserError("Expected places, got none: add --places IT, world or a file.")
+    check_tests(asked)
     places = load_places(chosen.places, **asdict(asked.place))
     groups = groups_of(places, asked.weights.groups, chosen.places)
     options = asdict(asked.weights) | {"groups": groups, "crs": _crs(asked.weights.crs)}
@@ -122,6 +123,55 @@ def make_plan(asked: Asked) -> Plan:
     return Plan(
         asked, finished, places, weights, groups, labels, covariates, cache, out, plain(identity)
     )
+
+
+def check_tests(asked: Asked) -> None:
+    """Raises:
+    UserError: the tests would refuse their options, once all places have been read.
+    """
+    from sae_apps.geospatial.local import check_options as check_local
+    from sae_apps.geospatial.moran import check_options
+
+    nulls_of(asked)
+    test = asked.test
+    check_options(
+        test.permutations, test.alternative, test.min_active, correction_of(test), test.adaptive,
+        asked.chosen.seed,
+    )  # fmt: skip
+    check_local(local_permutations(test), test.local_alternative, rate_of(test), test.local_alpha)
+
+
+def nulls_of(asked: Asked) -> "Nulls":
+    """The nulls of the report."""
+    from sae_apps.geospatial.report import Nulls
+
+    test = asked.test
+    return Nulls(
+        min_i=test.min_i,
+        alpha=test.alpha,
+        permutations=test.permutations,
+        permutations_screened=10 * test.permutations + 9,
+        min_active=test.min_active,
+        p_adjust=rate_of(test),
+        seed=asked.chosen.seed,
+        device=asked.chosen.device,
+    )
+
+
+def correction_of(test: "MoranOptions") -> Literal["bh", "by", "max"] | None:
+    """Over features, as ``moran`` names it."""
+    return None if test.p_adjust == "none" else test.p_adjust
+
+
+def rate_of(test: "MoranOptions") -> Literal["bh", "by"] | None:
+    """The same where max is not to be had."""
+    correction = correction_of(test)
+    return "bh" if correction == "max" else correction
+
+
+def local_permutations(test: "MoranOptions") -> int:
+    """Ten times as many where places are corrected for: a two-sided p is at least 2 / (B + 1)."""
+    return test.permutations if test.p_adjust == "none" else 10 * test.permutations + 9
 
 
 def short_name(spec: str) -> str:

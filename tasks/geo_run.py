@@ -17,15 +17,13 @@ from sae_core.features import SparseFeatures
 from sae_core.store import atomic_folder, load_features, save_features, verify_folder
 from sae_core.untrusted import read_array
 
-from .geo_plan import Asked, Plan
+from .geo_plan import Asked, Plan, correction_of, local_permutations, nulls_of, rate_of
 from .progress import Progress, duration
 
 if TYPE_CHECKING:
     from sae_apps.geospatial.local_result import LocalMoran
     from sae_apps.geospatial.moran_table import MoranTable
     from sae_apps.geospatial.report_result import GeoReport
-
-    from .geo import MoranOptions
 
 LOG = logging.getLogger(__name__)
 PART = 512  # places between two reports of progress
@@ -115,21 +113,10 @@ def analyse(
     """Moran's I of everything, and local clusters of the leading latents."""
     from sae_apps.geospatial.local import moran_local
     from sae_apps.geospatial.moran import moran
-    from sae_apps.geospatial.report import Nulls, geo_report
+    from sae_apps.geospatial.report import geo_report
 
     test, chosen = plan.asked.test, plan.asked.chosen
-    correction = None if test.p_adjust == "none" else test.p_adjust
-    rate = "bh" if correction == "max" else correction
-    nulls = Nulls(
-        min_i=test.min_i,
-        alpha=test.alpha,
-        permutations=test.permutations,
-        permutations_screened=10 * test.permutations + 9,
-        min_active=test.min_active,
-        p_adjust=rate,
-        seed=chosen.seed,
-        device=chosen.device,
-    )
+    correction, nulls = correction_of(test), nulls_of(plan.asked)
     report = geo_report(
         features,
         plan.places,
@@ -159,18 +146,13 @@ def analyse(
             plan.weights,
             permutations=local_permutations(test),
             alternative=test.local_alternative,
-            p_adjust=rate,
+            p_adjust=rate_of(test),
             alpha=test.local_alpha,
             groups=None if test.local_pooled else plan.groups,
             seed=chosen.seed,
             names=[f"latent {latent}" for latent in leading],
         )
     return Result(table, report, leading, local)
-
-
-def local_permutations(test: "MoranOptions") -> int:
-    """Ten times as many where places are corrected for: a two-sided p is at least 2 / (B + 1)."""
-    return test.permutations if test.p_adjust == "none" else 10 * test.permutations + 9
 
 
 def values_of(features: SparseFeatures, latents: Sequence[int]) -> Float[np.ndarray, "n f"]:

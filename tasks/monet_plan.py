@@ -14,6 +14,7 @@ from sae_core.models import load_model
 from sae_core.monet.masks import router_layers
 from sae_core.records import read_records
 from sae_core.text import is_held_out
+from sae_core.weights import refuse_misspelt
 
 from .common import plain, to_json
 
@@ -63,6 +64,7 @@ def make_plan(chosen: "MonetOptions") -> Plan:
                        ("out", "a folder for the result")):  # fmt: skip
         if not getattr(chosen, name):
             raise UserError(f"Expected {what}, got none: add --{name}.")
+    refuse_misspelt(str(chosen.model))
     path = Path(str(chosen.data))
     if not path.is_file():
         raise UserError(f"Expected a file of documents at {path}, got nothing.")

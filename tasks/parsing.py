@@ -5,6 +5,7 @@ A thin layer over jsonargparse: nested flags (``--sae.d_sae``) get the short for
 the flags that all commands share are declared once.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -84,13 +85,15 @@ class CommandParser(ArgumentParser):
     def use_preset(
         self, argv: Sequence[str], flag: str, presets: Mapping[str, Mapping[str, Any]], key: str
     ) -> None:
-        """Let ``flag NAME`` change the defaults below ``key``; flags and files override it."""
-        args = list(argv)
-        for number, arg in enumerate(args):
-            name = arg.removeprefix(f"{flag}=") if arg.startswith(f"{flag}=") else None
-            if arg == flag and number + 1 < len(args):
-                name = args[number + 1]
-            if name is not None and name in presets:  # an unknown name is refused by the parser
+        """Let ``flag NAME``, also in a configuration file, change the defaults below ``key``; flags
+        and files override it."""
+        for before, arg in zip(["", *argv], argv, strict=False):
+            name = arg if before == flag else None
+            if arg.startswith(f"{flag}="):
+                name = arg.removeprefix(f"{flag}=")
+            if before == "--config" or arg.startswith("--config="):
+                name = _value_in(Path(arg.removeprefix("--config=")), flag.removeprefix("--"))
+            if isinstance(name, str) and name in presets:  # the parser refuses an unknown name
                 self.set_defaults({f"{key}.{k}": v for k, v in presets[name].items()})
 
     def parse(self, argv: Sequence[str]) -> Namespace:
@@ -104,9 +107,9 @@ class CommandParser(ArgumentParser):
                 args[number] = f"{arg}=true"
         for before, arg in zip(["", *args], args, strict=False):
             if before == "--config" or arg.startswith("--config="):
-                self._check_file(Path(arg.removeprefix("--config=")))
+                self._check_file(Path(arg.removeprefix("--config=")).expanduser())
         try:
-            return self.parse_args(args)
+            return _at_home(self.parse_args(args))
         except UserError:
             raise
         except Exception as error:  # argparse, YAML and type errors share no base class
@@ -203,6 +206,31 @@ class CommandParser(ArgumentParser):
         if not given or not names:
             return f"--{key}: {one_line(detail)}"
         return f"--{key} must be {' or '.join(names)}, got {given[1].strip()!r}."
+
+
+def _at_home(options: Namespace) -> Namespace:
+    """``~/x`` as the shell writes it out after a blank: it does not after ``=`` or in a file."""
+    for key, value in list(options.items()):
+        if isinstance(value, list):
+            options[key] = [_expanded(one) for one in value]
+        else:
+            options[key] = _expanded(value)
+    return options
+
+
+def _expanded(value: Any) -> Any:
+    is_home = isinstance(value, str) and value.startswith("~/")
+    return os.path.expanduser(value) if is_home else value
+
+
+def _value_in(path: Path, key: str) -> Any:
+    """What a configuration file says under a key; None where it cannot be read, which the parser
+    tells."""
+    try:
+        config = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return config.get(key) if isinstance(config, dict) else None
 
 
 def _type_name(text: str) -> str:

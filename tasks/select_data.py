@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_core.errors import MissingExtraError, UserError
-from sae_core.records import FORMATS
+
+from .text import looks_like_path
 
 if TYPE_CHECKING:
     from sae_apps.selection.instructions import InstructionRow, InstructionSource
@@ -77,7 +78,7 @@ def names(options: DataOptions, flag: str) -> list[str]:
 
 def is_local(spec: str) -> bool:
     """Whether reading it needs no network."""
-    return Path(spec).expanduser().exists() or _looks_like_path(spec)
+    return Path(spec).expanduser().exists() or looks_like_path(spec)
 
 
 def open_one(spec: str, options: DataOptions, *, target: bool = False) -> "InstructionSource":
@@ -140,11 +141,6 @@ def _label(spec: str) -> str:
         return spec
     path = Path(spec)
     return Path(path.name.removesuffix(".gz")).stem
-
-
-def _looks_like_path(spec: str) -> bool:
-    is_named = spec.lower().removesuffix(".gz").endswith(FORMATS)
-    return spec.startswith(("/", ".", "~")) or spec.count("/") > 1 or is_named
 
 
 def _hub(spec: str, split: str) -> tuple[Any, str]:

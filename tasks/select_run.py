@@ -68,7 +68,7 @@ class Plan:
 
 def absent(asked: Asked) -> list[str]:
     """What is not on this machine yet, so that an estimate would have to download it."""
-    from .cached import is_model_cached
+    from .cached import absent_model
 
     run = open_run(asked.chosen.run)
     model = asked.encoding.model or run.settings.model.name
@@ -76,9 +76,7 @@ def absent(asked: Asked) -> list[str]:
     if asked.chosen.evaluation:
         specs.append(asked.chosen.evaluation)
     missing = [f"the data {spec} is not on this machine" for spec in specs if not is_local(spec)]
-    if not is_model_cached(model):
-        missing.append(f"the model {model} is not on this machine yet")
-    return missing
+    return missing + absent_model(model)
 
 
 def make_plan(asked: Asked) -> Plan:

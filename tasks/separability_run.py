@@ -24,7 +24,9 @@ from sae_core.records import read_records
 from sae_core.store import atomic_folder
 from sae_core.text import rows_from_texts
 from sae_core.tokens import count_tokens
+from sae_core.weights import refuse_misspelt
 
+from .cached import absent_model
 from .common import plain, size, to_json
 from .featurize import FinishedRun, open_run
 from .finished import SUMMARY, finished_folder
@@ -109,6 +111,8 @@ def make_plan(
         UserError: anything that is missing or does not fit, before the model is read.
     """
     finished_run = open_run(chosen.run, device=chosen.device)
+    if chosen.model:
+        refuse_misspelt(chosen.model)
     found = read_labelled(concept)
     require_classes(found, MeasureConfig().min_texts)
     data = found.balanced(concept.n_per_class, chosen.seed)
@@ -190,6 +194,8 @@ def as_text(summary: Mapping[str, Any]) -> str:
 def estimate(plan: Plan) -> dict[str, Any]:
     """Texts, tokens and time, from some of the texts."""
     data, kinds = plan.data, list(dict.fromkeys(plan.chosen.units.split(",")))
+    if missing := absent_model(plan.chosen.model or plan.run.settings.model.name):
+        return {"missing": missing, "texts": data.counts, "out": str(plan.out)}
     tokens = count_tokens(plan.lm.tokenizer, rows_from_texts(list(data.texts)), plan.harvest)
     some = data.take(range(0, len(data), max(1, len(data) // PROBE_TEXTS)))
     seconds, columns = 0.0, (plan.chosen.permutations * 4 + 8) * len(data.classes)
@@ -215,6 +221,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
 def estimate_text(report: Mapping[str, Any]) -> str:
     """The estimate as lines for people."""
     texts = ", ".join(f"{name} {n:,}" for name, n in report["texts"].items())
+    if missing := report.get("missing"):
+        return f"texts       {texts}\nnot estimated: {missing[0]}\nnothing was written"
     return "\n".join(
         [
             f"texts       {texts}",

@@ -39,6 +39,7 @@ from sae_core.activations import HarvestConfig
 from sae_core.errors import UserError
 from sae_core.store import atomic_folder
 from sae_core.text import read_text_file
+from sae_core.weights import refuse_misspelt
 
 from .common import plain, to_json
 from .featurize import FinishedRun, open_run
@@ -107,6 +108,8 @@ def make_plan(
         UserError: anything that is missing or does not fit, before the model is read.
     """
     finished_run = open_run(chosen.run)
+    if chosen.model:
+        refuse_misspelt(chosen.model)
     data = read_labelled(columns)
     if not chosen.concept:
         known = ", ".join(data.classes)

@@ -73,7 +73,7 @@ def open_text(spec: str, *, column: str | None = None, split: str = "train") -> 
     path = Path(spec).expanduser()
     if path.exists():
         return read_text_file(path, column=column)
-    if _looks_like_path(spec):
+    if looks_like_path(spec):
         raise UserError(
             f"File not found: {path}; expected {DEMO}, an existing file "
             f"({', '.join(FORMATS)}, also with .gz) or the id of a dataset on the hub."
@@ -81,7 +81,8 @@ def open_text(spec: str, *, column: str | None = None, split: str = "train") -> 
     return _hub_dataset(spec, column, split)
 
 
-def _looks_like_path(spec: str) -> bool:
+def looks_like_path(spec: str) -> bool:
+    """Whether a name is meant as a path, not as a dataset of the hub."""
     return spec.startswith(("/", ".", "~")) or spec.count("/") > 1 or is_text_path(spec)
 
 

@@ -131,6 +131,7 @@ def test_an_embedding_in_a_file(
     ("more", "message"),
     [
         (["--items", "nowhere.csv"], "Expected a file of items at nowhere.csv"),
+        (["--model", "nowhere.gguf", "--dry-run"], "File not found: expected a model folder"),
         (["--text", "word"], "expected the column 'word', got text, lat, lon, side"),
         (["--against", "side"], "expected a number in 'side', got 'side 0'"),
         (["--against", "gone.npy"], "Expected a .npy file at gone.npy"),

@@ -20,6 +20,7 @@ from sae_apps.tasks import inspect as inspect_task
 from sae_apps.tasks.main import COMMANDS, main
 from sae_apps.tasks.progress import Progress
 from sae_apps.tasks.runs import read_metrics
+from sae_core.errors import UserError
 from tests.command import installed, refusal, run_json
 
 N_ROWS = 300
@@ -191,6 +192,19 @@ def test_train_from_a_configuration_file_and_json(
     assert weights(tmp_path / "x") == weights(finished)
 
 
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_preset_in_a_configuration_file_counts(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: paper_main\ntrain: {gba: {ltf: 0.002}}\n")
+    assert main([command, "--config", str(file), "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "rule: published" in text and "ltf: 0.002" in text  # of the preset and of the file
+    assert main([command, "--config", str(file), "--preset", "ba", "--print-config"]) == 0
+    assert "n_groups: 1\n" in capsys.readouterr().out  # the last one named
+
+
 def test_preset_is_a_default_that_flags_override(tmp_path: Path) -> None:
     from sae_apps.tasks.train import parse
 
@@ -296,6 +310,7 @@ KILLS = {
 KILLER = """
 import os, signal, sys
 from sae_apps.tasks import train, settings, evaluation, estimate
+from sae_core.errors import UserError
 from sae_core import checkpoint, metrics, shards, train as _, models, store
 import transformers
 from sae_apps.tasks.main import main
@@ -624,6 +639,26 @@ def test_featurize_dry_run_writes_nothing(
     found = run_json(capsys, *argv, "--out", str(out), "--dry-run")
     assert found["stored_tokens"] > 100 and found["seconds"]["total"] > 0
     assert not out.exists()
+
+
+def test_featurize_dry_run_refuses_a_file_that_is_not_there_and_takes_the_consent(
+    finished: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["featurize", "--run", str(finished), "--text", str(text), "--rows", "20", "--dry-run"]
+    assert "File not found: expected a model" in refusal(capsys, *argv, "--model", "nowhere.gguf")
+    monkeypatch.setattr("sae_apps.tasks.cached.is_model_cached", lambda _: True)
+    asked: list[bool] = []
+
+    def consent(*_: object, accept_terms: bool = False) -> None:
+        asked.append(accept_terms)
+        raise UserError("asked")
+
+    monkeypatch.setattr("sae_apps.tasks.settings.open_model", consent)
+    refusal(capsys, *argv, "--model", "gemma-3-270m", "--accept-terms")
+    assert asked == [True]
 
 
 def test_featurize_refuses(

@@ -107,6 +107,18 @@ def test_flags_override_the_configuration_file(tmp_path: Path) -> None:
     assert (options.tokens, options.sae.d_sae, options.sae.lr) == ("5k", 4, 0.5)
 
 
+def test_the_home_folder_is_written_out_after_an_equals_sign_and_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text("tokens: ~/t\n")
+    options = parser().parse(["--config=~/run.yaml", "--model=~/models/a"])
+    assert options.model.name == str(tmp_path / "models" / "a")
+    assert options.tokens == str(tmp_path / "t")
+    assert parser().parse(["--model=~other"]).model.name == "~other"
+
+
 def test_a_negative_or_dashed_value_is_not_taken_for_a_flag() -> None:
     assert parser().parse(["--model=some-model"]).model.name == "some-model"
     assert parser().parse(["--model", "some-model"]).model.name == "some-model"

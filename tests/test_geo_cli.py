@@ -327,6 +327,31 @@ def test_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--permutations", "9"],
+        ["--alpha", "2"],
+        ["--min-active", "0"],
+        ["--adaptive", "--p-adjust", "max"],
+        ["--seed", "-1"],
+        ["--local-alpha", "0"],
+    ],
+)
+def test_tests_that_cannot_be_are_refused_before_a_name_is_read(
+    flags: list[str],
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    no_model(monkeypatch)
+    unread = ["--template", "Near {name}"]  # nothing of it lies in the run
+    message = refusal(capsys, *arguments(data, tmp_path / "x"), *unread, *flags)
+    assert flags[-1] in message or "adaptive" in message
+    assert message == refusal(capsys, *arguments(data, tmp_path / "x"), "--dry-run", *flags)
+
+
 def test_bad_coordinates_name_the_row(
     data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ def test_what_does_not_fit_is_refused(
         return refusal(capsys, *arguments(data, out, *more))
 
     assert "column 'topic', got text, domain, harm" in said("--label", "topic")
+    assert said("--model", "nowhere.gguf", "--dry-run").startswith("File not found: expected a mod")
     assert "number in 'text'" in said("--score", "text")
     assert "between 0 and 1, got 1.0" in said("--eval-frac", "1")
     assert "--random-draws of at least 1, got 0" in said("--random-draws", "0")

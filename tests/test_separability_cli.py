@@ -65,6 +65,14 @@ def test_a_dry_run_writes_nothing(
     assert "4 passes" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_downloads_nothing(
+    data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*arguments(data, tmp_path / "out"), "--dry-run", "--model", "owner/nowhere"]
+    assert main(argv) == 0
+    assert "not estimated: the model owner/nowhere is not on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -73,6 +81,7 @@ def test_a_dry_run_writes_nothing(
         (["--concepts", "sad"], "two"),
         (["--data", "nowhere.csv"], "Expected a file of labelled texts at nowhere.csv"),
         (["--permutations", "1"], "at least 2 --permutations"),
+        (["--model", "nowhere.gguf", "--dry-run"], "File not found: expected a model folder"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -106,5 +106,7 @@ def test_a_concept_that_is_no_name_of_a_folder_needs_one(
 
 
 def test_a_dry_run_writes_nothing(data: dict[str, str], tmp_path: Path) -> None:
-    assert main(arguments(data, tmp_path / "out", "--concept", "dog", "--dry-run")) == 0
+    argv = arguments(data, tmp_path / "out", "--concept", "dog", "--dry-run")
+    assert main(argv) == 0
+    assert main([*argv, "--model", "nowhere.gguf"]) == 2  # though no model is read for an estimate
     assert not (tmp_path / "out").exists()

@@ -303,3 +303,35 @@ def test_offsets_keep_the_full_rate_where_tokens_vary():
         groups = start.make_optimizer(sae, CONFIG, spread).param_groups
         assert [group["factor"] for group in groups] == pytest.approx([1.0, factor])
         assert {id(p) for p in groups[1]["params"]} == {id(sae.b_dec), id(sae.b_enc)}
+
+
+@pytest.mark.parametrize("lr", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_learning_rate_that_cannot_train_is_refused(lr: float) -> None:
+    with pytest.raises(UserError, match=f"^lr must be a number above 0, got {lr}"):
+        TrainConfig(lr=lr)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"init_tokens": 0}, {"warmup_frac": float("nan")}, {"decay_frac": -0.1}],
+)
+def test_shares_and_tokens_out_of_range_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(values))):
+        TrainConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"l1": -1.0},
+        {"l1_rate": -1.0},
+        {"penalty": -1.0},
+        {"auxk": float("nan")},
+        {"bandwidth": float("nan")},
+        {"auxk_k": 0},
+        {"dead_after_tokens": 0},
+    ],
+)
+def test_terms_of_sparsity_out_of_range_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(values))):
+        SparsityConfig(**values)  # type: ignore[arg-type]

@@ -76,7 +76,7 @@ def moran_local(
     Raises:
         UserError: sizes, ids or values do not fit, or an option is unknown.
     """
-    _check(permutations, alternative, p_adjust, alpha)
+    check_options(permutations, alternative, p_adjust, alpha)
     table, weights = _inputs(features, w)
     areas = _areas(groups, weights)
     parts = [
@@ -115,7 +115,10 @@ def moran_local(
     )
 
 
-def _check(permutations: int, alternative: str, p_adjust: str | None, alpha: float) -> None:
+def check_options(permutations: int, alternative: str, p_adjust: str | None, alpha: float) -> None:
+    """Raises:
+    UserError: an option that ``moran_local`` does not know, or one out of its range.
+    """
     if permutations < 1:
         raise UserError(f"Expected at least 1 permutation, got {permutations}.")
     if alternative not in ALTERNATIVES:

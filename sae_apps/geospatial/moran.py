@@ -80,7 +80,7 @@ def moran(
     Raises:
         UserError: a size, a label, a value or an option is not what it should be.
     """
-    _check_options(permutations, alternative, min_active, p_adjust, adaptive, seed)
+    check_options(permutations, alternative, min_active, p_adjust, adaptive, seed)
     columns = columns_of(features)
     n, n_features = columns.shape
     weights = _weights(w, columns)
@@ -100,7 +100,7 @@ def moran(
     return MoranTable(_table(found, n, names, is_free), how)
 
 
-def _check_options(
+def check_options(
     permutations: int,
     alternative: str,
     min_active: int,
@@ -108,6 +108,9 @@ def _check_options(
     adaptive: bool,
     seed: int,
 ) -> None:
+    """Raises:
+    UserError: an option that ``moran`` does not know, or one out of its range.
+    """
     if alternative not in ALTERNATIVES:
         raise UserError(f"Expected alternative as one of {ALTERNATIVES}, got {alternative!r}.")
     if p_adjust is not None and p_adjust not in CORRECTIONS:

@@ -63,7 +63,11 @@ def probe_saes(
     places: "Places",
     config: ProbeConfig = CAREFUL,
 ) -> dict[str, SparseFeatures]:
-    """``probe`` for several SAEs, each with its hook point, in one pass of the model."""
+    """``probe`` for several SAEs, each with its hook point, in one pass of the model.
+
+    Raises:
+        UserError: no SAE, or whatever ``probe`` refuses.
+    """
     if not saes:
         raise UserError("Expected at least one SAE, got none.")
     prompts = place_prompts(lm.tokenizer, places, config)
