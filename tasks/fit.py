@@ -64,7 +64,8 @@ def fit(
             if is_due or is_stopped:
                 _save(run, sae, state, config)
                 saved = record.step
-            stop.check()
+            if is_stopped:  # not for a signal that the others have not heard of yet
+                stop.check()
     whole = whole_of(sae.eval(), state, config)
     return None if whole is None else (whole[0].to(device), whole[1])
 
@@ -148,9 +149,10 @@ def _heard(stop: StopSignal, layout: "Layout") -> bool:
 
     from sae_core.parallel import AXES
 
-    signum = layout.largest(torch.tensor(stop.signum or 0, device=layout.device), *AXES)
-    stop.signum = int(signum) or None
-    return stop.signum is not None
+    signum = int(layout.largest(torch.tensor(stop.signum or 0, device=layout.device), *AXES))
+    if signum:  # one that comes in the meantime stays for the next time
+        stop.signum = signum
+    return signum > 0
 
 
 def _save(run: RunFolder, sae: "SAE", state: "TrainState", config: "TrainConfig") -> None:

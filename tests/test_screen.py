@@ -177,6 +177,6 @@ def test_topk_ranks_in_bfloat16():
 
 
 def test_an_unknown_precision_is_refused():
-    given = SimpleNamespace(steps=1, batch_size=1, log_every=1, precision="float16")
+    given = SimpleNamespace(**vars(TrainConfig(steps=1)) | {"precision": "float16"})
     with pytest.raises(UserError, match=r"precision must be one of float32, .*, got 'float16'\."):
         TrainConfig.__post_init__(given)  # the tests' type checker forestalls the constructor

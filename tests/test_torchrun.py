@@ -16,7 +16,8 @@ import torch
 
 from sae_apps.tasks import main as command
 from sae_apps.tasks import processes, train
-from sae_apps.tasks.fit import start_or_resume
+from sae_apps.tasks.common import Interrupted, StopSignal
+from sae_apps.tasks.fit import _heard, start_or_resume
 from sae_apps.tasks.inputs import open_inputs, provenance
 from sae_apps.tasks.main import main
 from sae_apps.tasks.runs import RunFolder, read_metrics
@@ -216,6 +217,23 @@ class Elsewhere(Layout):
 
     def smallest(self, x: torch.Tensor, *axes: Axis) -> torch.Tensor:
         return x.zero_()
+
+
+def test_a_signal_during_the_exchange_is_heard_the_next_time() -> None:
+    stop = StopSignal()
+
+    class Slow(Layout):
+        def largest(self, x: torch.Tensor, *axes: Axis) -> torch.Tensor:
+            if stop.signum is None:
+                stop.receive(signal.SIGTERM)
+            return x
+
+    with stop.deferred(patient=True):
+        assert _heard(stop, Slow()) is False
+        assert stop.signum == signal.SIGTERM
+        assert _heard(stop, Slow()) is True
+    with pytest.raises(Interrupted):
+        stop.check()
 
 
 def test_another_checkpoint_elsewhere_is_refused(flags, alone) -> None:
